@@ -1,0 +1,1 @@
+"""Reward-model training: small modules called by `train_rm.py`."""
