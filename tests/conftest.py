@@ -1,0 +1,119 @@
+"""Fixtures shared by all tests: no network, no tracker account, tiny models from configs."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline", WANDB_SILENT="true")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa: E402
+
+torch.set_num_threads(1)  # tiny models: threads cost more than they give
+
+PAD, EOS, VOCAB = 0, 1, 64
+
+COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    pad_token_id=PAD,
+    eos_token_id=EOS,
+    bos_token_id=2,
+    num_labels=1,
+)
+CAUSAL = {
+    "llama": dict(intermediate_size=48, num_key_value_heads=2),
+    "qwen2": dict(intermediate_size=48, num_key_value_heads=2),
+    "qwen3": dict(intermediate_size=48, num_key_value_heads=2, head_dim=8),
+    "mistral": dict(intermediate_size=48, num_key_value_heads=2, sliding_window=9),
+    "gpt2": dict(),
+    "gpt_neox": dict(intermediate_size=48),
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+    "gemma3_text": dict(
+        intermediate_size=48,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+}
+ENCODERS = {"bert": dict(intermediate_size=48)}
+
+
+def tiny_classifier(kind: str, **extra):
+    """A randomly initialised one-output classifier of architecture `kind`, dropout 0, float32, in eval mode."""
+    options = COMMON | (CAUSAL | ENCODERS)[kind] | extra
+    config = AutoConfig.for_model(kind, **options)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    for module in model.modules():  # larger weights than the usual init, so that attention matters
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.2)
+    return model.eval()
+
+
+def random_pairs(num_pairs: int = 6, seed: int = 0, max_prefix: int = 12, max_suffix: int = 9) -> Dataset:
+    """A tokenized data set of random pairs with various prefixes (also none), as `rm.data` makes it."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(num_pairs):
+        prefix = rng.integers(3, VOCAB, rng.integers(0, max_prefix + 1) if i else 0).tolist()
+        chosen, rejected = (rng.integers(3, VOCAB, rng.integers(1, max_suffix + 1)).tolist() for _ in range(2))
+        rejected[0] = 3 + (chosen[0] - 2) % (VOCAB - 3)  # differs from chosen[0]
+        rows.append(
+            dict(
+                id=str(i),
+                row=i,
+                input_ids_chosen=prefix + chosen,
+                input_ids_rejected=prefix + rejected,
+                prefix_length=len(prefix),
+                length_chosen=len(prefix) + len(chosen),
+                length_rejected=len(prefix) + len(rejected),
+                margin=0.25 * i,
+            )
+        )
+    return Dataset.from_list(rows).with_format("numpy")
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    return random_pairs()
+
+
+def tiny_tokenizer(pad_token: str | None = "<pad>"):
+    """Word-level tokenizer of the words w3 … w63 (ids 3 … 63); id 0 is `<pad>`, 1 is EOS, 2 is unknown.
+
+    `pad_token`: "<eos>" or None imitate the tokenizers whose pad token is EOS or missing.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>" if pad_token == "<pad>" else "w0", "<eos>", "<unk>"] + [f"w{i}" for i in range(3, VOCAB)]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    options = {} if pad_token is None else {"pad_token": pad_token}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", **options)
+
+
+@pytest.fixture
+def tiny_model_folder(tmp_path):
+    """make(kind, pad_token, **config) → a folder with a tiny pretrained causal LM (weights, config, tokenizer)."""
+    from transformers import AutoModelForCausalLM
+
+    def make(kind: str = "llama", pad_token: str | None = "<pad>", **extra) -> str:
+        config = AutoConfig.for_model(kind, **(COMMON | CAUSAL[kind] | extra))
+        torch.manual_seed(0)
+        folder = tmp_path / f"tiny-{kind}-{pad_token}"
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tiny_tokenizer(pad_token).save_pretrained(folder)
+        return str(folder)
+
+    return make
