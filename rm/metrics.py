@@ -1,0 +1,110 @@
+"""Training meters (sums and counts, one reduce a log) and evaluation metrics from the table of rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from rm.loss import pairwise_loss
+
+
+class Meter:
+    """Sums over pairs since the last log, kept on the device; `read` is the only place that synchronises."""
+
+    NAMES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(len(self.NAMES) + 2, dtype=torch.float64, device=device)
+
+    def update(self, loss_B: Tensor, chosen_B: Tensor, rejected_B: Tensor, weight_B: Tensor, num_tokens: int) -> None:
+        """Add the pairs of one micro-batch; `weight_B` 0 leaves a filler out. `num_tokens`: padded tokens computed."""
+        margin_B = (chosen_B - rejected_B).detach()
+        accuracy_B = (margin_B > 0).double() + 0.5 * (margin_B == 0)  # a tie counts half
+        values_KB = torch.stack([v.detach().double() for v in (loss_B, accuracy_B, margin_B, chosen_B, rejected_B)])
+        self.sums[:-2] += (values_KB * weight_B).sum(1)
+        self.sums[-2] += weight_B.sum()
+        self.sums[-1] += num_tokens
+
+    def read(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], float, float]:
+        """(means over all processes' pairs under `train/…`, pairs, padded tokens); starts afresh. Collective."""
+        *sums, pairs, tokens = reduce(self.sums).tolist()  # syncs the device here
+        self.sums.zero_()
+        means = {f"train/{name}": total / max(pairs, 1.0) for name, total in zip(self.NAMES, sums, strict=True)}
+        return means, pairs, tokens
+
+
+def accuracy(margin: np.ndarray) -> float:
+    """Fraction of pairs whose chosen answer has the higher reward; a tie counts half. `margin` = r_c - r_r, [n]."""
+    return float(np.mean((margin > 0) + 0.5 * (margin == 0)))
+
+
+def wilson_interval(p: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% score interval of a proportion `p` of `n` independent pairs (Wilson 1927)."""
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation with mean ranks for ties, as `scipy.stats.spearmanr`; NaN if one side is constant."""
+    ranks = [pd.Series(v).rank().to_numpy() for v in (x, y)]
+    if any(r.std() == 0 for r in ranks):
+        return math.nan
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def evaluation_metrics(
+    rewards: np.ndarray,
+    *,
+    margin: np.ndarray,
+    subset: Sequence[str] | None = None,
+    true_margin: np.ndarray | None = None,
+    center_rewards_coefficient: float | None = None,
+    label_smoothing: float = 0.0,
+) -> dict[str, float]:
+    """Metrics of an evaluation set, from one table in float64: independent of how it was cut into batches.
+
+    Args:
+        rewards: (chosen, rejected) of each pair, [n, 2].
+        margin: the data's margins, [n] (they enter the loss).
+        subset: group of each pair; adds `eval/<subset>/accuracy` and `eval/<subset>/pairs`.
+        true_margin: log-odds that chosen is better, [n], where the data's true reward is known; adds the best possible
+            accuracy E[max(p, 1-p)] and the rank correlation of learned and true reward differences.
+    """
+    table = torch.from_numpy(np.ascontiguousarray(rewards, dtype=np.float64))
+    loss = pairwise_loss(
+        table[:, 0],
+        table[:, 1],
+        torch.from_numpy(np.asarray(margin, dtype=np.float64)),
+        center_rewards_coefficient=center_rewards_coefficient,
+        label_smoothing=label_smoothing,
+    )
+    learned = rewards[:, 0] - rewards[:, 1]
+    low, high = wilson_interval(accuracy(learned), len(learned))
+    metrics = {
+        "eval/loss": loss.mean().item(),
+        "eval/accuracy": accuracy(learned),
+        "eval/accuracy_low": low,
+        "eval/accuracy_high": high,
+        "eval/ties": float(np.mean(learned == 0)),
+        "eval/margin": float(learned.mean()),
+        "eval/reward_chosen": float(rewards[:, 0].mean()),
+        "eval/reward_rejected": float(rewards[:, 1].mean()),
+        "eval/reward_std": float(rewards.std()),
+        "eval/pairs": len(learned),
+    }
+    if true_margin is not None:
+        p = 1 / (1 + np.exp(-np.asarray(true_margin, dtype=np.float64)))
+        metrics["eval/accuracy_ceiling"] = float(np.mean(np.maximum(p, 1 - p)))
+        metrics["eval/spearman_true_margin"] = spearman(learned, np.asarray(true_margin))
+    if subset is not None:
+        groups = np.asarray(subset, dtype=str)
+        for group in np.unique(groups):
+            metrics[f"eval/{group}/accuracy"] = accuracy(learned[groups == group])
+            metrics[f"eval/{group}/pairs"] = int(np.sum(groups == group))
+    return metrics
