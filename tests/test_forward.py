@@ -1,0 +1,152 @@
+"""Both layouts give the rewards and gradients of separate passes, on every architecture that we name."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import CAUSAL, ENCODERS, PAD, random_pairs, tiny_classifier
+
+from rm.batching import MicroBatch
+from rm.collate import Batch, Tree, collate, collate_trees
+from rm.forward import concatenated_forward, resolve_layout, score_batch, shared_prefix_mask
+from rm.loss import pairwise_loss
+from rm.model import RewardModel
+
+
+def with_lora(classifier):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start: the adapter would not act
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def one_by_one(classifier, dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference: plain transformers, one unpadded sequence a pass, its own pooling."""
+    sides = ("input_ids_chosen", "input_ids_rejected")
+    rewards = [[classifier(input_ids=torch.tensor(row[s])[None]).logits[0, 0] for s in sides] for row in dataset]
+    table = torch.stack([torch.stack(pair) for pair in rewards])
+    return table[:, 0], table[:, 1]
+
+
+def gradients(model: torch.nn.Module, chosen, rejected, margin) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    pairwise_loss(chosen, rejected, margin, center_rewards_coefficient=0.1).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+ROWS = {"one row": [[0, 1, 2, 3, 4, 5]], "three rows": [[5, 0], [1, 2, 3], [4]]}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_layouts_equal_separate_passes(kind, lora, pairs):
+    classifier = tiny_classifier(kind)
+    if lora:
+        classifier = with_lora(classifier)
+    model = RewardModel(classifier)
+    margin = torch.tensor(np.asarray(pairs["margin"], dtype=np.float32))
+    chosen, rejected = one_by_one(classifier, pairs)
+    expected = gradients(model, chosen, rejected, margin)
+    assert any("score" in name for name in expected)
+
+    cases = [("concatenated", [[i] for i in range(6)])] + [("shared_prefix", rows) for rows in ROWS.values()]
+    for layout, rows in cases:
+        batch = collate(pairs, MicroBatch(rows), layout, PAD)
+        got_chosen, got_rejected = concatenated_forward(model, batch)
+        torch.testing.assert_close(got_chosen, chosen[batch.index_B], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got_rejected, rejected[batch.index_B], atol=1e-5, rtol=1e-5)
+        got = gradients(model, got_chosen, got_rejected, batch.margin_B)
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, atol=2e-4, rtol=1e-4, msg=f"{layout} {name}")
+
+
+def test_eager_attention_takes_the_additive_mask(pairs):
+    model = RewardModel(tiny_classifier("llama"))
+    batch = collate(pairs, MicroBatch(ROWS["three rows"]), "shared_prefix", PAD)
+    expected = score_batch(model, batch)
+    model.bare.set_attn_implementation("eager")
+    torch.testing.assert_close(score_batch(model, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoders_run_concatenated(kind, pairs):
+    classifier = tiny_classifier(kind)
+    model = RewardModel(classifier)
+    chosen, rejected = one_by_one(classifier, pairs)
+    batch = collate(pairs, MicroBatch([[i] for i in range(6)]), "concatenated", PAD)
+    got = concatenated_forward(model, batch)
+    torch.testing.assert_close(got[0], chosen, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[1], rejected, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_does_not_change_a_reward(pairs):
+    model = RewardModel(tiny_classifier("llama"))
+    long = random_pairs(1, seed=1, max_prefix=0, max_suffix=9)
+    for layout in ("concatenated", "shared_prefix"):
+        alone = concatenated_forward(model, collate(pairs, MicroBatch([[3]]), layout, PAD))
+        beside = concatenated_forward(model, collate(pairs, MicroBatch([[3], [0], [1], [2]]), layout, PAD))
+        torch.testing.assert_close(alone[0], beside[0][:1], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(alone[1], beside[1][:1], atol=1e-6, rtol=1e-6)
+    assert len(long) == 1
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
+def test_any_number_of_branches(layout):
+    """Trees of 1, 3 and 2 branches, one without a prefix: rewards in tree order equal the sequences alone."""
+    classifier = tiny_classifier("qwen3")
+    rng = np.random.default_rng(0)
+    trees = [Tree(rng.integers(3, 64, p), [rng.integers(3, 64, n) for n in ns]) for p, ns in ((5, [4]), (0, [2, 7, 3]), (8, [1, 1]))]
+    tensors = collate_trees([[trees[0], trees[1]], [trees[2]]], layout, PAD)
+    empty = torch.zeros(0)
+    rewards = score_batch(RewardModel(classifier), Batch(**tensors, margin_B=empty, weight_B=empty, index_B=empty))
+    alone = [classifier(input_ids=torch.tensor(s)[None]).logits[0, 0] for tree in trees for s in tree.sequences()]
+    torch.testing.assert_close(rewards, torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_mask_by_hand():
+    """Tree 0 is [p p | a | b b], then one padding token."""
+    tree = torch.tensor([[0, 0, 0, 0, 0, -1]])
+    branch = torch.tensor([[0, 0, 1, 2, 2, 0]])
+    position = torch.tensor([[0, 1, 2, 2, 3, 0]])
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert shared_prefix_mask(tree, branch, position)[0, 0].int().tolist() == expected
+    expected[2][0] = expected[3][0] = 0  # position 2 - position 0 = 2 is outside a window of 2
+    expected[4][0] = expected[4][1] = 0
+    assert shared_prefix_mask(tree, branch, position, window=2)[0, 0].int().tolist() == expected
+
+
+def test_a_wrong_mask_is_noticed(pairs, monkeypatch):
+    """auto falls back when packed rewards differ; shared_prefix, asked for by name, is an error."""
+    model = RewardModel(tiny_classifier("llama"))
+    device = torch.device("cpu")
+    layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, device)
+    assert layout == "shared_prefix" and "proved" in reason
+    monkeypatch.setattr(
+        "rm.forward.shared_prefix_mask",
+        lambda t, b, p, window=None: torch.ones(*t.shape, t.shape[1], dtype=torch.bool).tril()[:, None],
+    )
+    layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, device)
+    assert layout == "concatenated" and "differ by" in reason
+    with pytest.raises(ValueError, match="layout=shared_prefix: rewards of 3 pairs differ"):
+        resolve_layout("shared_prefix", model, pairs, [0, 1, 2], PAD, device)
+
+
+def test_auto_falls_back_with_the_reason(pairs):
+    device = torch.device("cpu")
+    bert = RewardModel(tiny_classifier("bert"))
+    assert resolve_layout("auto", bert, pairs, [0], PAD, device)[1].startswith("the model is an encoder")
+    llama = RewardModel(tiny_classifier("llama"))
+    llama.config._attn_implementation = "flash_attention_2"
+    layout, reason = resolve_layout("auto", llama, pairs, [0], PAD, device)
+    assert layout == "concatenated" and "takes no dense mask" in reason
