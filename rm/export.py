@@ -1,0 +1,114 @@
+"""Save the final model so that plain transformers serves it, and check that what was saved gives the same rewards."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
+
+from rm.model import RewardModel
+
+logger = logging.getLogger(__name__)
+
+
+class ExportError(RuntimeError):
+    """The saved model does not give the rewards of the evaluated one."""
+
+
+def save_model(
+    model: RewardModel,
+    state_dict: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    *,
+    merge_adapter: bool = False,
+) -> None:
+    """Write model and tokenizer to `output_dir` for `AutoModelForSequenceClassification.from_pretrained`.
+
+    Args:
+        model: the unwrapped `RewardModel`; its own tensors are not read (they may be shards).
+        state_dict: all its weights on the CPU (`rm.checkpoint.full_state_dict`).
+        merge_adapter: under LoRA, write the merged weights to `output_dir` and the adapter to `output_dir/adapter`;
+            otherwise the adapter goes to `output_dir`.
+    """
+    state_dict = {name.removeprefix("classifier."): tensor for name, tensor in state_dict.items()}
+    is_adapter = hasattr(model.classifier, "peft_config")
+    folder = output_dir / "adapter" if is_adapter and merge_adapter else output_dir
+    for stale in (*output_dir.glob("*.safetensors*"), *output_dir.glob("adapter*")):  # of an overwritten run
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    model.classifier.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+    if is_adapter and merge_adapter:
+        merged = load_exported(folder, tokenizer.pad_token_id).merge_and_unload()
+        merged.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+
+
+def load_exported(folder: Path, pad_token_id: int) -> torch.nn.Module:
+    """What a user loads: a PEFT model from an adapter folder, a sequence classifier from any other. On the CPU.
+
+    An adapter folder holds no config of the model under it, so that the pad token by which transformers finds the last
+    token must be said again.
+    """
+    if (folder / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForSequenceClassification
+
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        model.config.pad_token_id = pad_token_id
+        return model
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@torch.no_grad()
+def verify_export(
+    output_dir: Path, sequences: Sequence[np.ndarray], rewards: Sequence[float], *, tolerance: float
+) -> float:
+    """Reload `output_dir` with plain transformers, score `sequences` again, and return the largest difference.
+
+    Twice: token ids in one padded batch through the model, and texts through `pipeline("text-classification")` for the
+    sequences whose text is tokenized back to the same ids.
+
+    Args:
+        sequences: token ids, as they were evaluated.
+        rewards: their rewards in the evaluation.
+        tolerance: relative to the largest reward (at least 1).
+
+    Raises:
+        ExportError: a reward differs by more than that.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    model = load_exported(output_dir, tokenizer.pad_token_id).eval()
+    expected = np.asarray(rewards, dtype=np.float64)
+    bound = tolerance * max(1.0, float(np.abs(expected).max()))
+
+    ids = [np.asarray(s).tolist() for s in sequences]
+    padded = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
+    logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0]
+    worst = float(np.abs(logits.double().numpy() - expected).max())
+    if not worst <= bound:
+        raise ExportError(
+            f"the model saved in {output_dir} differs from the evaluated one by {worst:.3g} in reward (allowed {bound:.1g})"
+        )
+
+    texts = [tokenizer.decode(s, skip_special_tokens=False) for s in ids]
+    bos = tokenizer.bos_token or ""
+    texts = [t.removeprefix(bos) if bos and tokenizer(t)["input_ids"][:2] == [tokenizer.bos_token_id] * 2 else t for t in texts]
+    same = [i for i, text in enumerate(texts) if tokenizer(text)["input_ids"] == ids[i]]
+    if same:
+        classify = pipeline("text-classification", model=model, tokenizer=tokenizer, function_to_apply="none", device="cpu")
+        served = np.asarray([out["score"] for out in classify([texts[i] for i in same], batch_size=len(same))])
+        worst_served = float(np.abs(served - expected[same]).max())
+        if not worst_served <= bound:
+            raise ExportError(f"pipeline('text-classification') on {output_dir} differs by {worst_served:.3g} in reward")
+        worst = max(worst, worst_served)
+    logger.info(
+        f"export checked: {len(ids)} sequences reloaded with transformers ({len(same)} of them through its pipeline), "
+        f"rewards agree to {worst:.1g}"
+    )
+    return worst

@@ -1,0 +1,95 @@
+"""What is saved is what was evaluated: with plain transformers, its pipeline, and PEFT, also where pad was EOS."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import EOS, PAD
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from rm.batching import MicroBatch
+from rm.checkpoint import full_state_dict
+from rm.collate import collate
+from rm.export import ExportError, load_exported, save_model, verify_export
+from rm.forward import concatenated_forward
+from rm.model import RewardModel, add_lora, load_classifier, load_tokenizer
+
+
+def with_eos(pairs):
+    def add(row):
+        return {side: list(row[side]) + [EOS] for side in ("input_ids_chosen", "input_ids_rejected")}
+
+    return pairs.map(add).with_format("numpy")
+
+
+def trained_like(folder, tokenizer, lora=False):
+    """A reward model from `folder` whose adapter and head have moved, as after training."""
+    classifier = load_classifier(folder, tokenizer, seed=1)
+    if lora:
+        classifier = add_lora(classifier, r=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    model = RewardModel(classifier).eval()
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def rewards_of(model, pairs, tokenizer):
+    batch = collate(pairs, MicroBatch([[i for i in range(len(pairs))]]), "shared_prefix", tokenizer.pad_token_id)
+    with torch.no_grad():
+        chosen, rejected = concatenated_forward(model, batch)
+    sequences = [np.asarray(row[s]) for row in pairs for s in ("input_ids_chosen", "input_ids_rejected")]
+    return sequences, torch.stack([chosen, rejected], dim=1).flatten().tolist()
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("pad_token", ["<pad>", "<eos>", None])
+def test_export_gives_the_same_rewards(tiny_model_folder, tmp_path, pairs, pad_token, lora, merge):
+    if merge and not lora:
+        pytest.skip("nothing to merge")
+    folder = tiny_model_folder("llama", pad_token)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
+    model = trained_like(folder, tokenizer, lora)
+    sequences, rewards = rewards_of(model, with_eos(pairs), tokenizer)
+    out = tmp_path / "out"
+    save_model(model, full_state_dict(model), tokenizer, out, merge_adapter=merge)
+    assert verify_export(out, sequences, rewards, tolerance=1e-4) < 1e-4
+    if lora and merge:
+        assert verify_export(out / "adapter", sequences, rewards, tolerance=1e-4) < 1e-4
+
+    # what users write, word by word
+    reloaded = AutoTokenizer.from_pretrained(out)
+    if not lora or merge:
+        plain = AutoModelForSequenceClassification.from_pretrained(out)
+    else:
+        from peft import AutoPeftModelForSequenceClassification
+
+        plain = AutoPeftModelForSequenceClassification.from_pretrained(out, num_labels=1)
+        plain.config.pad_token_id = reloaded.pad_token_id
+    classify = pipeline("text-classification", model=plain, tokenizer=reloaded, function_to_apply="none")
+    texts = [reloaded.decode(s) for s in sequences]
+    np.testing.assert_allclose([r["score"] for r in classify(texts, batch_size=4)], rewards, atol=1e-4)
+
+
+def test_a_wrong_export_is_refused(tiny_model_folder, tmp_path, pairs):
+    folder = tiny_model_folder("gpt2")
+    tokenizer = load_tokenizer(folder)
+    model = trained_like(folder, tokenizer)
+    sequences, rewards = rewards_of(model, with_eos(pairs), tokenizer)
+    save_model(model, full_state_dict(model), tokenizer, tmp_path / "out")
+    model.config.pad_token_id = EOS  # what happens with pad == EOS: pooled one token early
+    model.config.save_pretrained(tmp_path / "out")
+    with pytest.raises(ExportError, match="differs from the evaluated one"):
+        verify_export(tmp_path / "out", sequences, rewards, tolerance=1e-4)
+
+
+def test_a_saved_reward_model_keeps_its_head(tiny_model_folder, tmp_path):
+    folder = tiny_model_folder("llama")
+    tokenizer = load_tokenizer(folder)
+    model = trained_like(folder, tokenizer)
+    save_model(model, full_state_dict(model), tokenizer, tmp_path / "out")
+    again = load_classifier(str(tmp_path / "out"), tokenizer, seed=99)
+    torch.testing.assert_close(again.score.weight, model.bare.score.weight)
+    assert load_exported(tmp_path / "out", PAD).config.pad_token_id == PAD
