@@ -19,6 +19,8 @@ from torch import Tensor
 
 from rm.batching import MicroBatch
 
+COLUMNS = ["input_ids_chosen", "input_ids_rejected", "prefix_length", "margin"]  # what `collate` reads
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -39,7 +41,8 @@ class Batch:
     """One micro-batch. Sequences are numbered tree by tree: for pairs, 2b is chosen and 2b + 1 is rejected.
 
     input_ids_RL: int64. end_row_N, end_index_N: where each sequence's last token stands, int64.
-    attention_mask_RL: int64, concatenated only. tree_RL (-1: padding), branch_RL, position_RL: int64, shared_prefix only.
+    attention_mask_RL: int64, in `concatenated` rows only. tree_RL (-1: padding), branch_RL, position_RL: int64, in
+    `shared_prefix` rows only.
     margin_B, weight_B: float32 (weight 0: a filler). index_B: the pairs' indices in the data set, int64.
     """
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
-from rm.model import RewardModel
+from rm.model import RewardModel, load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -45,24 +45,9 @@ def save_model(
     model.classifier.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     if is_adapter and merge_adapter:
-        merged = load_exported(folder, tokenizer.pad_token_id).merge_and_unload()
+        merged = load_trained(str(folder), tokenizer).merge_and_unload()
         merged.save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
-
-
-def load_exported(folder: Path, pad_token_id: int) -> torch.nn.Module:
-    """What a user loads: a PEFT model from an adapter folder, a sequence classifier from any other. On the CPU.
-
-    An adapter folder holds no config of the model under it, so that the pad token by which transformers finds the last
-    token must be said again.
-    """
-    if (folder / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForSequenceClassification
-
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-        model.config.pad_token_id = pad_token_id
-        return model
-    return AutoModelForSequenceClassification.from_pretrained(folder)
 
 
 @torch.no_grad()
@@ -83,7 +68,7 @@ def verify_export(
         ExportError: a reward differs by more than that.
     """
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
-    model = load_exported(output_dir, tokenizer.pad_token_id).eval()
+    model = load_trained(str(output_dir), tokenizer).eval()
     expected = np.asarray(rewards, dtype=np.float64)
     bound = tolerance * max(1.0, float(np.abs(expected).max()))
 
@@ -93,19 +78,20 @@ def verify_export(
     worst = float(np.abs(logits.double().numpy() - expected).max())
     if not worst <= bound:
         raise ExportError(
-            f"the model saved in {output_dir} differs from the evaluated one by {worst:.3g} in reward (allowed {bound:.1g})"
+            f"the model saved in {output_dir} differs from the evaluated one by {worst:.3g}, allowed {bound:.1g}"
         )
 
     texts = [tokenizer.decode(s, skip_special_tokens=False) for s in ids]
-    bos = tokenizer.bos_token or ""
-    texts = [t.removeprefix(bos) if bos and tokenizer(t)["input_ids"][:2] == [tokenizer.bos_token_id] * 2 else t for t in texts]
+    if tokenizer.bos_token and tokenizer(texts[0])["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
+        texts = [text.removeprefix(tokenizer.bos_token) for text in texts]  # the pipeline's tokenizer adds it again
     same = [i for i, text in enumerate(texts) if tokenizer(text)["input_ids"] == ids[i]]
     if same:
-        classify = pipeline("text-classification", model=model, tokenizer=tokenizer, function_to_apply="none", device="cpu")
+        options = dict(tokenizer=tokenizer, function_to_apply="none", device="cpu")
+        classify = pipeline("text-classification", model=model, **options)
         served = np.asarray([out["score"] for out in classify([texts[i] for i in same], batch_size=len(same))])
         worst_served = float(np.abs(served - expected[same]).max())
         if not worst_served <= bound:
-            raise ExportError(f"pipeline('text-classification') on {output_dir} differs by {worst_served:.3g} in reward")
+            raise ExportError(f"transformers' pipeline on {output_dir} differs by {worst_served:.3g} in reward")
         worst = max(worst, worst_served)
     logger.info(
         f"export checked: {len(ids)} sequences reloaded with transformers ({len(same)} of them through its pipeline), "

@@ -19,12 +19,12 @@ def pairwise_loss(
     Args:
         chosen_B, rejected_B: rewards, float [B].
         margin_B: log-odds by which chosen should win at least, float [B] (Touvron et al. 2023, Llama 2, eq. 2).
-        center_rewards_coefficient: weight of (r_chosen + r_rejected)^2 (Eisenstein et al. 2023, section 3; TRL's default
-            recommendation is 0.01). None: off.
+        center_rewards_coefficient: weight of (r_chosen + r_rejected)^2 (Eisenstein et al. 2023, section 3; 0.01 is
+            what TRL recommends). None: off.
         label_smoothing: probability that the label is wrong (Wang et al. 2024, "Secrets of RLHF part II"). 0: off.
 
     Returns:
-        The loss of each pair in nats, float [B]. With the defaults it equals TRL's `RewardTrainer` loss before its mean.
+        The loss of each pair in nats, float [B]. With the defaults it is TRL's `RewardTrainer` loss before its mean.
 
     Raises:
         ValueError: a shape is not [B]; broadcasting a margin of [B] against rewards of [B, 1] would give [B, B].

@@ -32,9 +32,9 @@ class ModelError(ValueError):
 class RewardModel(nn.Module):
     """Wraps an `AutoModelForSequenceClassification` with `num_labels=1`, perhaps inside a `PeftModel`.
 
-    A causal model's reward is `head(last_hidden_state[row, index])`: gathered first, so that the head costs N positions
-    rather than R x L, and computed in float32. transformers' own pooling looks for `pad_token_id` and so can mistake the
-    position; it is used by the exported model only, and checked there. Encoders keep their own pooling.
+    A causal model's reward is `head(last_hidden_state[row, index])`: gathered first, so that the head costs N
+    positions rather than R x L, and computed in float32. transformers' own pooling looks for `pad_token_id` and so can
+    mistake the position; it is used by the exported model only, and checked there. Encoders keep their own pooling.
     """
 
     def __init__(self, classifier: nn.Module):
@@ -105,7 +105,8 @@ def load_tokenizer(
         special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values()}
         free = [t for t in PAD_CANDIDATES if t in special and t not in (tokenizer.eos_token, tokenizer.bos_token)]
         tokenizer.add_special_tokens({"pad_token": free[0] if free else PAD_TOKEN})
-        logger.info(f"pad token: {tokenizer.pad_token!r} ({'of the vocabulary' if free else 'added'}; it must not be EOS)")
+        origin = "of the vocabulary" if free else "added"
+        logger.info(f"pad token: {tokenizer.pad_token!r} ({origin}; it must not be EOS)")
     if chat_template_path is not None:
         tokenizer.chat_template = _read_chat_template(chat_template_path)
     return tokenizer
@@ -187,7 +188,30 @@ def load_classifier(
     if disable_dropout:
         _disable_dropout(model)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def load_trained(name: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> nn.Module:
+    """What a run saved, for scoring: a sequence classifier, or a PEFT model from an adapter folder.
+
+    The pad token, by which transformers finds a sequence's last token, is set from the tokenizer, since an adapter
+    folder holds no config of the model under it. Raises `ModelError` if the model has no trained reward head.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForSequenceClassification
+
+        model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1)
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"'{name}' could not be loaded as a reward model: {_first_line(error)}") from None
+    if info["missing_keys"] or model.config.num_labels != 1:
+        raise ModelError(f"'{name}' is not a trained reward model: it has no head with one output")
     return model
 
 

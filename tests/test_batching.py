@@ -55,8 +55,14 @@ def test_each_pair_once_an_epoch(layout, world, budget):
 def test_a_step_is_the_same_pairs_on_any_hardware():
     for step in range(14):  # two epochs
         sets = {
-            frozenset(i for rank in range(world) for mb in make_plan(layout, budget, rank, world).step(step)[0]
-                      if not mb.is_filler for row in mb.rows for i in row)
+            frozenset(
+                i
+                for rank in range(world)
+                for mb in make_plan(layout, budget, rank, world).step(step)[0]
+                if not mb.is_filler
+                for row in mb.rows
+                for i in row
+            )
             for layout in ("shared_prefix", "concatenated")
             for budget, world in ((1, 1), (5000, 1), (800, 2), (5000, 3))
         }

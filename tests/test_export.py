@@ -9,9 +9,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from rm.batching import MicroBatch
 from rm.checkpoint import full_state_dict
 from rm.collate import collate
-from rm.export import ExportError, load_exported, save_model, verify_export
+from rm.export import ExportError, save_model, verify_export
 from rm.forward import concatenated_forward
-from rm.model import RewardModel, add_lora, load_classifier, load_tokenizer
+from rm.model import RewardModel, add_lora, load_classifier, load_tokenizer, load_trained
 
 
 def with_eos(pairs):
@@ -92,4 +92,4 @@ def test_a_saved_reward_model_keeps_its_head(tiny_model_folder, tmp_path):
     save_model(model, full_state_dict(model), tokenizer, tmp_path / "out")
     again = load_classifier(str(tmp_path / "out"), tokenizer, seed=99)
     torch.testing.assert_close(again.score.weight, model.bare.score.weight)
-    assert load_exported(tmp_path / "out", PAD).config.pad_token_id == PAD
+    assert load_trained(str(tmp_path / "out"), tokenizer).config.pad_token_id == PAD

@@ -99,7 +99,10 @@ def test_any_number_of_branches(layout):
     """Trees of 1, 3 and 2 branches, one without a prefix: rewards in tree order equal the sequences alone."""
     classifier = tiny_classifier("qwen3")
     rng = np.random.default_rng(0)
-    trees = [Tree(rng.integers(3, 64, p), [rng.integers(3, 64, n) for n in ns]) for p, ns in ((5, [4]), (0, [2, 7, 3]), (8, [1, 1]))]
+    trees = [
+        Tree(rng.integers(3, 64, p), [rng.integers(3, 64, n) for n in ns])
+        for p, ns in ((5, [4]), (0, [2, 7, 3]), (8, [1, 1]))
+    ]
     tensors = collate_trees([[trees[0], trees[1]], [trees[2]]], layout, PAD)
     empty = torch.zeros(0)
     rewards = score_batch(RewardModel(classifier), Batch(**tensors, margin_B=empty, weight_B=empty, index_B=empty))

@@ -11,7 +11,9 @@ from rm.metrics import Meter, accuracy, evaluation_metrics, spearman, wilson_int
 
 def test_meter_weighs_pairs_not_micro_batches():
     meter = Meter(torch.device("cpu"))
-    meter.update(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0]), torch.ones(3), 30)
+    meter.update(
+        torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0]), torch.ones(3), 30
+    )
     meter.update(torch.tensor([5.0]), torch.tensor([4.0]), torch.tensor([0.0]), torch.ones(1), 10)
     meter.update(torch.tensor([99.0]), torch.tensor([9.0]), torch.tensor([0.0]), torch.zeros(1), 10)  # a filler
     means, pairs, tokens = meter.read(lambda sums: sums)

@@ -70,7 +70,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model_folder):
     gradients = []
     for checkpointing in (False, True):
         model = load_classifier(folder, tokenizer, seed=0, gradient_checkpointing=checkpointing).train()
-        assert model.is_gradient_checkpointing is checkpointing
+        assert model.is_activation_checkpointing is checkpointing
         model(torch.arange(3, 20)[None]).logits.sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):

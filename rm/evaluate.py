@@ -1,0 +1,167 @@
+"""Exact evaluation: every pair once, on any number of processes.
+
+python -m rm.evaluate --model OUT                                   # the run's own evaluation set
+python -m rm.evaluate --model OUT --dataset_name pairs.jsonl        # another one; options as in train_rm.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from rm.batching import PairLengths, plan_micro_batches
+from rm.collate import COLUMNS, collate
+from rm.config import ConfigError, parse_config
+from rm.data import Pairs, load_pairs, tokenize_pairs
+from rm.forward import concatenated_forward, resolve_layout
+from rm.load import DataError, load_raw
+from rm.metrics import evaluation_metrics
+from rm.model import ModelError, RewardModel, load_tokenizer, load_trained
+
+
+def pair_lengths(dataset) -> PairLengths:
+    """The lengths of all pairs of a tokenized data set (three int64 arrays; the tokens stay on disk)."""
+    columns = ("length_chosen", "length_rejected", "prefix_length")
+    return PairLengths(*(np.asarray(dataset.with_format("numpy")[c][:]).astype(np.int64) for c in columns))
+
+
+@torch.no_grad()
+def evaluate_rewards(
+    model: nn.Module,
+    accelerator: Accelerator,
+    dataset,
+    *,
+    layout: str,
+    micro_batch_tokens: int,
+    pad_token_id: int,
+) -> np.ndarray:
+    """Rewards (chosen, rejected) of every pair, float64 [n, 2], in the data set's order. Collective: every rank.
+
+    Each process scores its share and writes it into a table of zeros; the sum over processes is the whole table. So no
+    row is gathered twice, and nothing depends on batches, layout or processes but for float rounding.
+    """
+    costs = pair_lengths(dataset).cost(layout)
+    plans = plan_micro_batches(np.arange(len(costs)), costs, layout, micro_batch_tokens, accelerator.num_processes)
+    table = torch.zeros(len(costs), 3, dtype=torch.float64, device=accelerator.device)  # chosen, rejected, times
+    dataset = dataset.with_format("numpy", columns=COLUMNS)
+    was_training = model.training
+    model.eval()
+    for micro_batch in plans[accelerator.process_index]:
+        batch = collate(dataset, micro_batch, layout, pad_token_id).to(accelerator.device)
+        chosen_B, rejected_B = concatenated_forward(model, batch)
+        if not micro_batch.is_filler:
+            scored = torch.stack([chosen_B, rejected_B, torch.ones_like(chosen_B)], dim=1)
+            table[batch.index_B] += scored.double()
+    model.train(was_training)
+    table = accelerator.reduce(table, "sum").cpu().numpy()  # collective
+    assert (table[:, 2] == 1).all(), "a pair was scored twice or not at all"
+    return table[:, :2]
+
+
+def pairs_metrics(
+    rewards: np.ndarray, pairs: Pairs, *, center_rewards_coefficient: float | None, label_smoothing: float
+) -> dict[str, float]:
+    """`rm.metrics.evaluation_metrics` of the table `rewards` [n, 2], with the columns that `pairs` has."""
+    columns = {name: pairs.dataset[name][:] for name in ("subset", "true_margin") if name in pairs.dataset.column_names}
+    return evaluation_metrics(
+        rewards,
+        margin=np.asarray(pairs.dataset["margin"][:]),
+        **columns,
+        center_rewards_coefficient=center_rewards_coefficient,
+        label_smoothing=label_smoothing,
+    )
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Evaluate a saved reward model; prints the metrics as one JSON line, the same as at the end of training."""
+    given = [token.removeprefix("--") for token in argv]
+    model_at = next((i for i, token in enumerate(given) if token.split("=")[0] == "model"), None)
+    if model_at is None or (given[model_at] == "model" and model_at + 1 == len(argv)):
+        raise ConfigError("command line: --model FOLDER is needed: the output folder of a run, or a hub name")
+    name = given[model_at].partition("=")[2] or argv[model_at + 1]
+    rest = argv[:model_at] + argv[model_at + (1 if "=" in given[model_at] else 2) :]
+    own_data = not any(token.split("=")[0] in ("dataset_name", "eval_dataset_name") for token in given)
+    recorded = Path(name) / "config.yaml"
+    base = ["--config", str(recorded)] if recorded.is_file() else []
+    if not own_data:
+        base += ["eval_fraction=none", "eval_dataset_name=none", "dataset_config=none"]
+    config = parse_config([*base, f"model_name_or_path={name}", *rest])
+
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    rendering = dict(
+        max_length=config.max_length,
+        overlength=config.overlength,
+        add_eos=config.add_eos,
+        margin_from_scores=config.margin_from_scores,
+        chat_template_kwargs=config.chat_template_kwargs,
+        dataset_num_proc=config.dataset_num_proc,
+    )
+    with accelerator.main_process_first():
+        if config.eval_fraction is not None:  # the held-out part of the run's training split
+            pairs = load_pairs(
+                tokenizer,
+                dataset_name=config.dataset_name,
+                dataset_config=config.dataset_config,
+                dataset_train_split=config.dataset_train_split,
+                eval_fraction=config.eval_fraction,
+                max_train_samples=config.max_train_samples,
+                max_eval_samples=config.max_eval_samples,
+                seed=config.seed,
+                **rendering,
+            )[1]
+        else:
+            source = load_raw(
+                config.eval_dataset_name or config.dataset_name,
+                dataset_config=config.dataset_config,
+                split=config.dataset_test_split,
+                max_samples=config.max_eval_samples,
+                seed=config.seed,
+                accept_only_split=True,
+            )
+            pairs = tokenize_pairs(source, tokenizer, **rendering)
+    model = RewardModel(load_trained(name, tokenizer, trust_remote_code=config.trust_remote_code))
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    tokens = pairs.dataset.with_format("numpy")
+    layout, _ = resolve_layout(
+        config.layout,
+        model,
+        tokens,
+        range(min(4, len(tokens))),
+        tokenizer.pad_token_id,
+        accelerator.device,
+        tolerance=1e-4 if accelerator.mixed_precision == "no" else 5e-2,
+    )
+    rewards = evaluate_rewards(
+        model,
+        accelerator,
+        pairs.dataset,
+        layout=layout,
+        micro_batch_tokens=config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    metrics = pairs_metrics(
+        rewards,
+        pairs,
+        center_rewards_coefficient=config.center_rewards_coefficient,
+        label_smoothing=config.label_smoothing_factor,
+    )
+    if accelerator.is_main_process:
+        print(json.dumps(metrics), flush=True)
+    accelerator.end_training()
+    return metrics
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError, ModelError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,62 @@
+"""Exact evaluation: rewards independent of layout and batches; the command gives the metrics of the training run."""
+
+import json
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from conftest import PAD, random_pairs, tiny_classifier
+from test_train import SMALL, reset_accelerate
+
+import train_rm
+from rm import evaluate
+from rm.config import ConfigError
+from rm.model import ModelError, RewardModel
+
+
+def test_rewards_do_not_depend_on_layout_or_batches():
+    reset_accelerate()
+    model, pairs = RewardModel(tiny_classifier("llama")), random_pairs(23)
+    tables = [
+        evaluate.evaluate_rewards(
+            model, Accelerator(cpu=True), pairs, layout=layout, micro_batch_tokens=budget, pad_token_id=PAD
+        )
+        for layout in ("concatenated", "shared_prefix")
+        for budget in (1, 100, 10**6)
+    ]
+    assert tables[0].shape == (23, 2) and tables[0].dtype == np.float64
+    for table in tables[1:]:
+        np.testing.assert_allclose(table, tables[0], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    reset_accelerate()
+    return train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={folder}"]), folder
+
+
+@pytest.mark.parametrize("form", ["--model={}", "--model {}"])
+def test_the_command_gives_the_runs_own_metrics(trained, capsys, form):
+    summary, folder = trained
+    reset_accelerate()
+    metrics = evaluate.main(form.format(folder).split())
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == metrics
+    for name, value in metrics.items():
+        assert value == pytest.approx(summary[name], abs=1e-5), name
+
+
+def test_another_data_set_and_wrong_models(trained, tmp_path, capsys):
+    _, folder = trained
+    rows = [{"chosen": "hello! rinse the rice.", "rejected": "what a silly question."}] * 3
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reset_accelerate()
+    metrics = evaluate.main(
+        [f"--model={folder}", f"--dataset_name={tmp_path / 'pairs.jsonl'}", "max_eval_samples=none"]
+    )
+    assert metrics["eval/pairs"] == 3
+    with pytest.raises(ConfigError, match="--model FOLDER is needed"):
+        evaluate.main(["--dataset_name=toy"])
+    reset_accelerate()
+    with pytest.raises(ModelError):
+        evaluate.main(["--model=configs/tiny_llama", "--max_eval_samples=10"])

@@ -1,0 +1,204 @@
+"""Whole runs of the program on a tiny model: files, exit codes, and numbers that do not depend on how work was cut."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import train_rm
+
+SMALL = [
+    "--max_train_samples=80",
+    "--max_eval_samples=30",
+    "--train_batch_size=16",
+    "--max_steps=4",
+    "--num_train_epochs=1",
+    "--logging_steps=1",
+    "--eval_steps=0",
+    "--micro_batch_tokens=1024",
+    "--model_name_or_path=" + str(ROOT / "configs" / "tiny_llama"),
+]
+
+
+def reset_accelerate():
+    """Accelerate keeps its state in singletons; a second run in one process starts afresh."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """train(name, *options) → (summary, output folder) of a run in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *options: str):
+        reset_accelerate()
+        folder = tmp_path / name
+        summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={folder}", *options])
+        assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == summary
+        return summary, folder
+
+    return run
+
+
+def lines(folder, key="train/loss"):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(one, other, loss=1e-6, weight=1e-5):
+    np.testing.assert_allclose(lines(one), lines(other), atol=loss)
+    assert lines(one, "optim/learning_rate") == lines(other, "optim/learning_rate")
+    np.testing.assert_allclose(lines(one, "eval/loss"), lines(other, "eval/loss"), atol=1e-5)
+    a, b = weights(one), weights(other)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=weight, rtol=0, msg=name)
+
+
+def test_a_run_leaves_everything_it_promises(train):
+    summary, folder = train("run", "--eval_steps=2", "--save_steps=2")
+    assert summary["train/steps"] == 4 and summary["eval/pairs"] == 30
+    assert 0 <= summary["eval/accuracy"] <= summary["eval/accuracy_high"] <= 1
+    assert {"eval/accuracy_ceiling", "eval/spearman_true_margin", "train/loss", "speed/pairs_per_second"} <= set(
+        summary
+    )
+    results = json.loads((folder / "results.json").read_text())
+    assert results["summary"] == summary
+    assert results["config"]["train_batch_size"] == 16 and results["packages"]["torch"] == torch.__version__
+    assert len(results["data"]["train"]["fingerprint"]) == 64 and "shared_prefix" in results["layout"]
+    assert results["data"] == json.loads((folder / "data_report.json").read_text())
+    assert len(lines(folder)) == 4 and len(lines(folder, "eval/accuracy")) == 2
+    assert lines(folder, "train/epoch") == [0.2, 0.4, 0.6, 0.8]
+    samples = [
+        [json.loads(line) for line in (folder / f"samples/step-{s}.jsonl").read_text().splitlines()] for s in (2, 4)
+    ]
+    assert [row["id"] for row in samples[0]] == [row["id"] for row in samples[1]] and len(samples[0]) == 4
+    assert samples[0][0]["reward_chosen"] != samples[1][0]["reward_chosen"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    again = train_rm.parse_config(["--config", str(folder / "config.yaml")])
+    assert again.max_steps == 4 and again.output_dir == str(folder)
+
+
+def test_numbers_do_not_depend_on_layout_or_micro_batches(train):
+    _, base = train("base", "--layout=shared_prefix", "--micro_batch_tokens=100000")
+    for name, options in {
+        "small": ["--layout=shared_prefix", "--micro_batch_tokens=200"],
+        "one": ["--layout=concatenated", "--micro_batch_tokens=1"],
+        "padded": ["--layout=concatenated", "--micro_batch_tokens=4000"],
+        "trl": ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=4", "--train_batch_size=none"],
+    }.items():
+        assert_same_run(base, train(name, *options)[1])
+
+
+def test_the_seed_decides(train):
+    _, one = train("one")
+    _, two = train("two")
+    _, other = train("other", "--seed=7")
+    assert lines(one) == lines(two) != lines(other)
+    assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(two).values(), strict=True))
+
+
+def test_samples_do_not_change_training(train):
+    """Evaluating, logging and showing more must leave the weights alone."""
+    _, quiet = train("quiet", "--num_print_samples=0", "--logging_steps=100")
+    _, busy = train("busy", "--num_print_samples=-1", "--eval_steps=1", "--save_steps=1", "--save_total_limit=2")
+    assert all(torch.equal(a, b) for a, b in zip(weights(quiet).values(), weights(busy).values(), strict=True))
+    assert sorted(p.name for p in (busy / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    assert len((busy / "samples/step-4.jsonl").read_text().splitlines()) == 30
+    assert not (quiet / "samples").exists()
+
+
+@pytest.mark.parametrize("merge", ["false", "true"])
+def test_lora_on_a_pretrained_model_with_pad_equal_to_eos(train, tiny_model_folder, tmp_path, merge):
+    folder = tiny_model_folder("llama", "<eos>")
+    words = [f"w{i}" for i in range(3, 60)]
+    rng = np.random.default_rng(0)
+    rows = [{"chosen": " ".join(rng.choice(words, 12)), "rejected": " ".join(rng.choice(words, 9))} for _ in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = [f"--model_name_or_path={folder}", f"--dataset_name={tmp_path / 'pairs.jsonl'}", "--eval_fraction=0.25"]
+    options += [
+        "--use_peft",
+        "--lora_target_modules=all-linear",
+        f"--merge_adapter={merge}",
+        "--max_train_samples=none",
+    ]
+    summary, out = train("lora", *options, "--max_eval_samples=none")
+    assert summary["eval/pairs"] == 10
+    assert (out / "adapter_config.json").exists() == (merge == "false")
+    assert (out / "model.safetensors").exists() == (merge == "true")
+
+
+def test_bf16_autocast_and_gradient_checkpointing(train):
+    _, plain = train("plain")
+    _, half = train("half", "--mixed_precision=bf16", "--gradient_checkpointing")
+    np.testing.assert_allclose(lines(half), lines(plain), atol=0.05)
+    assert lines(half) != lines(plain)
+
+
+def test_centering_and_margin_act(train):
+    _, plain = train("plain")
+    _, centred = train("centred", "--center_rewards_coefficient=1")
+    _, margin = train("margin", "--margin_from_scores=true")
+    assert lines(centred)[0] > lines(plain)[0] != lines(margin)[0]
+
+
+def program(*options: str, launcher=(sys.executable,), cwd=None):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(ROOT / "train_rm.py"), "dataset_name=toy", *SMALL, *options]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=300)
+
+
+def test_two_processes_train_as_one(train, tmp_path):
+    _, one = train("one", "--train_batch_size=17", "--max_train_samples=50")  # a ragged last step: 17, 17, 16
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517")
+    options = ["--train_batch_size=17", "--max_train_samples=50", f"--output_dir={tmp_path / 'two'}"]
+    done = program(*options, launcher=launcher, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(one, tmp_path / "two")
+    assert json.loads(done.stdout.strip().splitlines()[-1])["eval/pairs"] == 30
+
+
+def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
+    def code(*options: str) -> tuple[int, str]:
+        reset_accelerate()
+        monkeypatch.setattr(sys, "argv", ["train_rm.py", "dataset_name=toy", *SMALL, *options])
+        return train_rm.run(), capsys.readouterr().err.strip().splitlines()[-1]
+
+    monkeypatch.chdir(tmp_path)
+    assert code("--learning_rat=1") == (
+        2,
+        "error: command line: unknown key 'learning_rat'; did you mean learning_rate?",
+    )
+    (tmp_path / "bad.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "a", "rejected": null}\n')
+    number, message = code("--dataset_name=bad.jsonl", "--eval_fraction=0.5", "--max_train_samples=none")
+    assert number == 2 and "bad.jsonl" in message and "row 1" in message and "rejected" in message
+    number, message = code("--model_name_or_path=no/such")
+    assert number == 2 and "no/such" in message
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").write_text("")
+    number, message = code("--output_dir=old")
+    assert number == 2 and "already holds a run" in message
+    number, message = code("--learning_rate=1e30", "--max_grad_norm=0", "--output_dir=nan")
+    assert number == 3 and "gradient norm is" in message and "its pairs:" in message
+    assert not (tmp_path / "nan" / "model.safetensors").exists()
+    number, message = code("--layout=shared_prefix", "--attn_implementation=flash_attention_2", "--output_dir=flash")
+    assert number == 2
+
+
+def test_the_program_prints_one_json_line_last(tmp_path):
+    done = program(f"--output_dir={tmp_path / 'out'}", "--report_to=wandb", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1])["output_dir"] == str(tmp_path / "out")
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))

@@ -1,0 +1,366 @@
+"""Train a reward model on pairs (chosen, rejected): the whole program, top to bottom.
+
+accelerate launch train_rm.py                                       # the quickstart: no network, under a minute
+accelerate launch train_rm.py --config configs/hh_rlhf_gpt2.yaml --learning_rate=1e-5
+python train_rm.py --help                                           # every option
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from rich.console import Console
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import get_scheduler
+
+from rm.audit import audit_table, data_report
+from rm.batching import StepPlan
+from rm.checkpoint import full_state_dict, save_checkpoint
+from rm.collate import COLUMNS, collate
+from rm.config import ConfigError, RewardConfig, parse_config
+from rm.data import load_pairs
+from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
+from rm.export import ExportError, save_model, verify_export
+from rm.forward import concatenated_forward, resolve_layout
+from rm.load import DataError
+from rm.loss import pairwise_loss
+from rm.metrics import Meter
+from rm.model import ModelError, RewardModel, add_lora, load_classifier, load_tokenizer
+from rm.provenance import peak_memory_gb, provenance
+from rm.tracking import RunLog, prepare_trackers, redact
+from rm.visualize_samples import visualize_samples
+
+logger = logging.getLogger("train_rm")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the weights were not touched by it."""
+
+
+def make_accelerator(mixed_precision: str | None) -> Accelerator:
+    """The accelerator; refuses to run fewer processes than the launcher started."""
+    # without `cpu=True`, Accelerate runs every process of a torchrun on CPUs as a training of its own
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:
+        raise ConfigError(f"{started} processes were started, but {accelerator.num_processes} take part; use torchrun")
+    return accelerator
+
+
+def sync_on_last(accelerator: Accelerator, model: torch.nn.Module, i: int, count: int):
+    """Context for micro-batch `i` of `count`: gradients cross the wire on the last one only."""
+    accelerator.gradient_state._set_sync_gradients(i == count - 1)  # DeepSpeed and the fp16 scaler look here
+    return nullcontext() if i == count - 1 else accelerator.no_sync(model)
+
+
+def seed_everything(seed: int, step: int, process_index: int) -> None:
+    """Make everything random in step `step` a function of (seed, step, process): there is no state to save."""
+    set_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1)[0]))
+
+
+def make_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.Optimizer:
+    """Fused AdamW on the trainable weights; weight decay on matrices only."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+
+
+def open_output_dir(config: RewardConfig, accelerator: Accelerator) -> tuple[Path, str]:
+    """The run's folder and name, the same on every process; refuses to write over a finished or running run."""
+    name = config.run_name
+    if name is None:
+        parts = (Path(config.model_name_or_path).name, Path(config.dataset_name).name.split(".")[0])
+        name = "-".join(parts) + time.strftime("-%Y%m%d-%H%M%S")
+    name = broadcast_object_list([name])[0]  # collective: clocks differ
+    folder = Path(config.output_dir or Path("runs") / name)
+    problem = None
+    if accelerator.is_main_process:
+        if (folder / "metrics.jsonl").exists() and not config.overwrite_output_dir:
+            problem = f"output_dir={folder} already holds a run; choose another or give overwrite_output_dir=true"
+        else:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            except OSError as error:
+                problem = f"output_dir={folder} cannot be written: {error.strerror}"
+    problem = broadcast_object_list([problem])[0]
+    if problem:
+        raise ConfigError(problem)
+    return folder, name
+
+
+def main(argv: list[str]) -> dict:
+    """Run the program; returns the summary that is also the last line on stdout."""
+    started = time.perf_counter()
+
+    # ------------------------------------------------------------------------------ configuration
+    config = parse_config(argv)
+    report_to = prepare_trackers(config.report_to)
+    accelerator = make_accelerator(config.mixed_precision)
+    logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    output_dir, run_name = open_output_dir(config, accelerator)
+    is_half = accelerator.mixed_precision != "no" or config.dtype != "float32"
+    seed_everything(config.seed, 0, accelerator.process_index)
+
+    # ------------------------------------------------------------------------------ data
+    tokenizer = load_tokenizer(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        chat_template_path=config.chat_template_path,
+    )
+    with accelerator.main_process_first():  # the other processes read the main process's cache
+        train_pairs, eval_pairs = load_pairs(
+            tokenizer,
+            dataset_name=config.dataset_name,
+            dataset_config=config.dataset_config,
+            dataset_train_split=config.dataset_train_split,
+            dataset_test_split=config.dataset_test_split,
+            eval_dataset_name=config.eval_dataset_name,
+            eval_fraction=config.eval_fraction,
+            max_train_samples=config.max_train_samples,
+            max_eval_samples=config.max_eval_samples,
+            seed=config.seed,
+            dataset_num_proc=config.dataset_num_proc,
+            max_length=config.max_length,
+            overlength=config.overlength,
+            add_eos=config.add_eos,
+            margin_from_scores=config.margin_from_scores,
+            chat_template_kwargs=config.chat_template_kwargs,
+        )
+    train_set = train_pairs.dataset.with_format("numpy", columns=COLUMNS)
+    if accelerator.is_main_process:
+        Console().print(audit_table(train_pairs, eval_pairs))
+        (output_dir / "data_report.json").write_text(json.dumps(data_report(train_pairs, eval_pairs), indent=2))
+
+    # ------------------------------------------------------------------------------ model
+    classifier = load_classifier(
+        config.model_name_or_path,
+        tokenizer,
+        seed=config.seed,
+        revision=config.model_revision,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        disable_dropout=config.disable_dropout,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    if config.use_peft:
+        classifier = add_lora(
+            classifier,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+        )
+    model = RewardModel(classifier)
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {num_trainable:,} trained")
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    layout, reason = resolve_layout(
+        config.layout,
+        model,
+        train_set,
+        range(min(4, len(train_set))),
+        tokenizer.pad_token_id,
+        accelerator.device,
+        tolerance=5e-2 if is_half else 1e-4,
+    )
+    logger.info(f"layout: {layout} ({reason})")
+
+    # ------------------------------------------------------------------------------ plan
+    plan = StepPlan(
+        pair_lengths(train_pairs.dataset),
+        train_batch_size=config.global_batch_size(accelerator.num_processes),
+        layout=layout,
+        micro_batch_tokens=config.micro_batch_tokens,
+        seed=config.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    total_steps = plan.total_steps(config.num_train_epochs, config.max_steps)
+    scheduler = get_scheduler(  # not prepared: Accelerate would step it once per process
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps or math.ceil(config.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+    )
+    logger.info(
+        f"plan: {total_steps} steps of {plan.train_batch_size} pairs ({plan.steps_per_epoch} an epoch) on "
+        f"{accelerator.num_processes} x {accelerator.device.type}, {config.micro_batch_tokens} tokens a forward pass"
+    )
+    run_log = RunLog(
+        accelerator, output_dir, project=config.project, run_name=run_name, config=asdict(config), report_to=report_to
+    )
+
+    def evaluate(step: int) -> tuple[dict[str, float], np.ndarray]:
+        """Score the held-out pairs, log the metrics, show the samples. Collective."""
+        rewards = evaluate_rewards(
+            model,
+            accelerator,
+            eval_pairs.dataset,
+            layout=layout,
+            micro_batch_tokens=config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        metrics = pairs_metrics(
+            rewards,
+            eval_pairs,
+            center_rewards_coefficient=config.center_rewards_coefficient,
+            label_smoothing=config.label_smoothing_factor,
+        )
+        if accelerator.is_main_process:
+            run_log.log(metrics, step)
+            shown = range(len(rewards))[: config.num_print_samples if config.num_print_samples >= 0 else None]
+            with bar.external_write_mode():
+                visualize_samples(
+                    [eval_pairs.texts(i) for i in shown],
+                    rewards[shown, 0],
+                    rewards[shown, 1],
+                    ids=[eval_pairs.dataset[i]["id"] for i in shown],
+                    step=step,
+                    output_dir=output_dir,
+                    run_log=run_log,
+                    num_print_samples=config.num_print_samples,
+                )
+        return metrics, rewards
+
+    # ------------------------------------------------------------------------------ training
+    meter = Meter(accelerator.device)
+    total_pairs, train_seconds = 0.0, 0.0
+    bar = tqdm(total=total_steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    model.train()
+    step, clock = 0, time.perf_counter()
+    while step < total_steps:
+        # -------------------------------------------------------------- fetch
+        micro_batches, num_pairs = plan.step(step)  # this process's share; num_pairs counts every process's
+        seed_everything(config.seed, step, accelerator.process_index)
+
+        for i, micro_batch in enumerate(micro_batches):
+            batch = collate(train_set, micro_batch, layout, tokenizer.pad_token_id).to(accelerator.device)
+            with sync_on_last(accelerator, model, i, len(micro_batches)):
+                # ------------------------------------------------------ forward, loss, backward
+                chosen_B, rejected_B = concatenated_forward(model, batch)
+                loss_B = pairwise_loss(
+                    chosen_B,
+                    rejected_B,
+                    batch.margin_B,
+                    center_rewards_coefficient=config.center_rewards_coefficient,
+                    label_smoothing=config.label_smoothing_factor,
+                )
+                # a sum over pairs by the step's global count: the same gradient however the step was cut up
+                # (x processes, since DDP and FSDP average over them)
+                accelerator.backward((loss_B * batch.weight_B).sum() * accelerator.num_processes / num_pairs)
+            meter.update(loss_B, chosen_B, rejected_B, batch.weight_B, batch.input_ids_RL.numel())
+
+        # -------------------------------------------------------------- clip and step
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # collective
+        grad_norm = float(grad_norm)  # syncs the device here
+        if not math.isfinite(grad_norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            ids = train_pairs.dataset[plan.indices(step)]["id"]
+            raise NonFiniteError(f"gradient norm is {grad_norm} at step {step + 1}; its pairs: {', '.join(ids)}")
+        optimizer.step()
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        optimizer.zero_grad()
+        step += 1
+        bar.update()
+
+        # -------------------------------------------------------------- log
+        if step % config.logging_steps == 0 or step == total_steps:
+            means, pairs, tokens = meter.read(lambda sums: accelerator.reduce(sums, "sum"))  # collective
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            total_pairs, train_seconds = total_pairs + pairs, train_seconds + seconds
+            speed = {"speed/pairs_per_second": pairs / seconds, "speed/tokens_per_second": tokens / seconds}
+            optim = {"optim/learning_rate": learning_rate, "optim/grad_norm": grad_norm}
+            run_log.log(means | optim | {"train/epoch": step / plan.steps_per_epoch} | speed, step)
+            bar.set_postfix_str(
+                f"loss {means['train/loss']:.3f}, accuracy {means['train/accuracy']:.3f}, {pairs / seconds:.1f} pairs/s"
+            )
+
+        # -------------------------------------------------------------- evaluate, save
+        paused = time.perf_counter()
+        if step == total_steps or (config.eval_steps and step % config.eval_steps == 0):
+            eval_metrics, rewards = evaluate(step)
+        if config.save_steps and step % config.save_steps == 0:
+            save_checkpoint(
+                output_dir / "checkpoints",
+                model,
+                optimizer,
+                step,
+                is_main_process=accelerator.is_main_process,
+                save_total_limit=config.save_total_limit,
+            )
+        clock += time.perf_counter() - paused  # speeds are of training alone
+    bar.close()
+
+    # ------------------------------------------------------------------------------ save
+    weights = full_state_dict(model)  # collective
+    summary = (
+        means
+        | eval_metrics
+        | {
+            "train/steps": step,
+            "speed/train_seconds": round(train_seconds, 2),
+            "speed/pairs_per_second": round(total_pairs / train_seconds, 2),
+            "speed/peak_memory_gb": round(peak_memory_gb(accelerator.device), 3),
+        }
+    )
+    if accelerator.is_main_process:
+        save_model(getattr(model, "module", model), weights, tokenizer, output_dir, merge_adapter=config.merge_adapter)
+        check = range(min(8, len(rewards)))
+        verify_export(
+            output_dir,
+            [eval_pairs.dataset[i][f"input_ids_{side}"] for i in check for side in ("chosen", "rejected")],
+            rewards[check].flatten(),
+            tolerance=5e-2 if is_half else 1e-3,
+        )
+        summary |= {"speed/total_seconds": round(time.perf_counter() - started, 2), "output_dir": str(output_dir)}
+        record = {
+            "summary": summary,
+            "config": redact(asdict(config)),
+            "layout": f"{layout} ({reason})",
+            "data": data_report(train_pairs, eval_pairs),
+            **provenance(),
+        }
+        (output_dir / "results.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        run_log.summary(summary)
+    run_log.close()
+    if accelerator.is_main_process:
+        print(json.dumps(summary), flush=True)
+    accelerator.end_training()
+    return summary
+
+
+def run() -> int:
+    """`main` with its errors as exit codes: 2 wrong configuration or data, 3 non-finite numbers, 1 anything else."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        with logging_redirect_tqdm():
+            main(sys.argv[1:])
+        return 0
+    except (ConfigError, DataError, ModelError, NonFiniteError, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3 if isinstance(error, NonFiniteError) else 1 if isinstance(error, ExportError) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(run())
