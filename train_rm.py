@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -19,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from rich.console import Console
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -28,7 +30,7 @@ from transformers import get_scheduler
 
 from rm.audit import audit_table, data_report
 from rm.batching import StepPlan
-from rm.checkpoint import full_state_dict, save_checkpoint
+from rm.checkpoint import find_checkpoint, full_state_dict, load_checkpoint, save_checkpoint
 from rm.collate import COLUMNS, collate
 from rm.config import ConfigError, RewardConfig, parse_config
 from rm.data import load_pairs
@@ -50,10 +52,34 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient is NaN or infinite; the weights were not touched by it."""
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop; the checkpoint is written."""
+
+
+class StopSignal:
+    """SIGTERM, as schedulers and sweep agents send it, becomes a request to stop after the current step."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_) -> None:
+        self.received = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+
+    def requested(self, accelerator: Accelerator) -> bool:
+        """Whether any process was told to stop. Collective, so that all stop after the same step."""
+        if accelerator.num_processes == 1:
+            return self.received
+        return accelerator.reduce(torch.tensor(float(self.received), device=accelerator.device), "sum").item() > 0
+
+
 def make_accelerator(mixed_precision: str | None) -> Accelerator:
     """The accelerator; refuses to run fewer processes than the launcher started."""
     # without `cpu=True`, Accelerate runs every process of a torchrun on CPUs as a training of its own
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
+    if accelerator.state.deepspeed_plugin is not None:  # it wants to know, but the step plan decides
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise ConfigError(f"{started} processes were started, but {accelerator.num_processes} take part; use torchrun")
@@ -83,6 +109,23 @@ def make_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
 
+def make_scheduler(config: RewardConfig, optimizer, total_steps: int, steps_done: int = 0):
+    """The learning-rate schedule after `steps_done` steps. Not to be prepared: Accelerate steps it once per process."""
+    try:
+        scheduler = get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=config.warmup_steps or math.ceil(config.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs or {},
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lr_scheduler_kwargs={config.lr_scheduler_kwargs}: {error}") from None
+    for _ in range(steps_done):
+        scheduler.step()
+    return scheduler
+
+
 def open_output_dir(config: RewardConfig, accelerator: Accelerator) -> tuple[Path, str]:
     """The run's folder and name, the same on every process; refuses to write over a finished or running run."""
     name = config.run_name
@@ -93,8 +136,9 @@ def open_output_dir(config: RewardConfig, accelerator: Accelerator) -> tuple[Pat
     folder = Path(config.output_dir or Path("runs") / name)
     problem = None
     if accelerator.is_main_process:
-        if (folder / "metrics.jsonl").exists() and not config.overwrite_output_dir:
-            problem = f"output_dir={folder} already holds a run; choose another or give overwrite_output_dir=true"
+        if (folder / "metrics.jsonl").exists() and not (config.overwrite_output_dir or config.resume_from_checkpoint):
+            fix = "choose another, or give overwrite_output_dir=true or resume_from_checkpoint=latest"
+            problem = f"output_dir={folder} already holds a run; {fix}"
         else:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +153,7 @@ def open_output_dir(config: RewardConfig, accelerator: Accelerator) -> tuple[Pat
 
 def main(argv: list[str]) -> dict:
     """Run the program; returns the summary that is also the last line on stdout."""
-    started = time.perf_counter()
+    started, stop = time.perf_counter(), StopSignal()
 
     # ------------------------------------------------------------------------------ configuration
     config = parse_config(argv)
@@ -117,6 +161,12 @@ def main(argv: list[str]) -> dict:
     accelerator = make_accelerator(config.mixed_precision)
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     output_dir, run_name = open_output_dir(config, accelerator)
+    resume_from = None
+    if config.resume_from_checkpoint is not None:
+        try:
+            resume_from = find_checkpoint(config.resume_from_checkpoint, output_dir / "checkpoints")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     is_half = accelerator.mixed_precision != "no" or config.dtype != "float32"
     seed_everything(config.seed, 0, accelerator.process_index)
 
@@ -197,18 +247,24 @@ def main(argv: list[str]) -> dict:
         num_processes=accelerator.num_processes,
     )
     total_steps = plan.total_steps(config.num_train_epochs, config.max_steps)
-    scheduler = get_scheduler(  # not prepared: Accelerate would step it once per process
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=config.warmup_steps or math.ceil(config.warmup_ratio * total_steps),
-        num_training_steps=total_steps,
-    )
+    scheduler = make_scheduler(config, optimizer, total_steps)
     logger.info(
         f"plan: {total_steps} steps of {plan.train_batch_size} pairs ({plan.steps_per_epoch} an epoch) on "
         f"{accelerator.num_processes} x {accelerator.device.type}, {config.micro_batch_tokens} tokens a forward pass"
     )
+    step = 0
+    if resume_from is not None:
+        step = load_checkpoint(resume_from, model, optimizer)  # collective
+        scheduler = make_scheduler(config, optimizer, total_steps, step)
+        logger.info(f"resumed from {resume_from}: {step} steps are done")
     run_log = RunLog(
-        accelerator, output_dir, project=config.project, run_name=run_name, config=asdict(config), report_to=report_to
+        accelerator,
+        output_dir,
+        project=config.project,
+        run_name=run_name,
+        config=asdict(config),
+        report_to=report_to,
+        resume_step=step or None,
     )
 
     def evaluate(step: int) -> tuple[dict[str, float], np.ndarray]:
@@ -247,8 +303,9 @@ def main(argv: list[str]) -> dict:
     meter = Meter(accelerator.device)
     total_pairs, train_seconds = 0.0, 0.0
     bar = tqdm(total=total_steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    bar.update(step)
     model.train()
-    step, clock = 0, time.perf_counter()
+    clock = time.perf_counter()
     while step < total_steps:
         # -------------------------------------------------------------- fetch
         micro_batches, num_pairs = plan.step(step)  # this process's share; num_pairs counts every process's
@@ -300,7 +357,8 @@ def main(argv: list[str]) -> dict:
         paused = time.perf_counter()
         if step == total_steps or (config.eval_steps and step % config.eval_steps == 0):
             eval_metrics, rewards = evaluate(step)
-        if config.save_steps and step % config.save_steps == 0:
+        stopping = stop.requested(accelerator)  # collective
+        if stopping or (config.save_steps and step % config.save_steps == 0):
             save_checkpoint(
                 output_dir / "checkpoints",
                 model,
@@ -310,20 +368,20 @@ def main(argv: list[str]) -> dict:
                 save_total_limit=config.save_total_limit,
             )
         clock += time.perf_counter() - paused  # speeds are of training alone
+        if stopping and step < total_steps:
+            run_log.close()
+            again = f"--resume_from_checkpoint=latest --output_dir={output_dir}"
+            raise Stopped(f"stopped after step {step}; go on with {again}")
     bar.close()
 
     # ------------------------------------------------------------------------------ save
-    weights = full_state_dict(model)  # collective
-    summary = (
-        means
-        | eval_metrics
-        | {
-            "train/steps": step,
-            "speed/train_seconds": round(train_seconds, 2),
-            "speed/pairs_per_second": round(total_pairs / train_seconds, 2),
-            "speed/peak_memory_gb": round(peak_memory_gb(accelerator.device), 3),
-        }
-    )
+    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    weights = accelerator.get_state_dict(model) if uses_deepspeed else full_state_dict(model)  # collective
+    summary = means | eval_metrics
+    summary["train/steps"] = step
+    summary["speed/train_seconds"] = round(train_seconds, 2)
+    summary["speed/pairs_per_second"] = round(total_pairs / train_seconds, 2)
+    summary["speed/peak_memory_gb"] = round(peak_memory_gb(accelerator.device), 3)
     if accelerator.is_main_process:
         save_model(getattr(model, "module", model), weights, tokenizer, output_dir, merge_adapter=config.merge_adapter)
         check = range(min(8, len(rewards)))
@@ -351,12 +409,18 @@ def main(argv: list[str]) -> dict:
 
 
 def run() -> int:
-    """`main` with its errors as exit codes: 2 wrong configuration or data, 3 non-finite numbers, 1 anything else."""
+    """`main` with its errors as exit codes: 2 wrong configuration or data, 3 non-finite numbers, 143 stopped by
+    SIGTERM after a checkpoint, 1 anything else."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    transformers.logging.set_verbosity_error()  # its reports say of a new head what we log in one line
+    transformers.logging.disable_progress_bar()
     try:
         with logging_redirect_tqdm():
             main(sys.argv[1:])
         return 0
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 143
     except (ConfigError, DataError, ModelError, NonFiniteError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, NonFiniteError) else 1 if isinstance(error, ExportError) else 2

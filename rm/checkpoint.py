@@ -69,6 +69,18 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((step, path) for step, path in found if (path / "checkpoint.json").is_file())
 
 
+def find_checkpoint(name: str, folder: Path) -> Path:
+    """The checkpoint folder that `name` means: a path, or "latest" in `folder`. Raises ValueError if there is none."""
+    if name == "latest":
+        found = list_checkpoints(folder)
+        if not found:
+            raise ValueError(f"resume_from_checkpoint=latest: there is no checkpoint in {folder}")
+        return found[-1][1]
+    if not (Path(name) / "checkpoint.json").is_file():
+        raise ValueError(f"resume_from_checkpoint={name}: this is not a checkpoint folder (it has no checkpoint.json)")
+    return Path(name)
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put a checkpoint's weights and optimizer state into a prepared model; returns its step. Collective.
 

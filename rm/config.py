@@ -106,6 +106,7 @@ class RewardConfig:
 
     output_dir: str | None = option(None, "folder of the run; none: runs/<run_name>", "Output")
     overwrite_output_dir: bool = option(False, "allow an output_dir that already holds a run")
+    resume_from_checkpoint: str | None = option(None, "go on from a checkpoint folder, or from the `latest` in output_dir; none: start anew")
     run_name: str | None = option(None, "name of the run; none: <model>-<data set>-<time>")
     logging_steps: int = option(10, "steps between lines of training metrics")
     eval_steps: int = option(0, "steps between evaluations; 0: only at the end")
@@ -142,6 +143,8 @@ class RewardConfig:
         need(c.num_print_samples >= -1, "num_print_samples", "must be -1 (all), 0 (off) or a number of pairs")
         need(c.max_steps == -1 or c.max_steps > 0, "max_steps", "must be greater than 0, or -1 to use num_train_epochs")
         need(not (c.warmup_steps and c.warmup_ratio), "warmup_ratio", "warmup_steps is given too; give one of them")
+        resumes_unnamed = c.resume_from_checkpoint and not (c.output_dir or c.run_name)
+        need(not resumes_unnamed, "resume_from_checkpoint", "name the run to go on with: output_dir or run_name")
         no_warmup = c.lr_scheduler_type == "constant"
         for key in ("warmup_steps", "warmup_ratio"):
             need(

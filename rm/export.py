@@ -40,7 +40,7 @@ def save_model(
     state_dict = {name.removeprefix("classifier."): tensor for name, tensor in state_dict.items()}
     is_adapter = hasattr(model.classifier, "peft_config")
     folder = output_dir / "adapter" if is_adapter and merge_adapter else output_dir
-    for stale in (*output_dir.glob("*.safetensors*"), *output_dir.glob("adapter*")):  # of an overwritten run
+    for stale in {*output_dir.glob("*.safetensors*"), *output_dir.glob("adapter*")}:  # of an overwritten run
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     model.classifier.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)

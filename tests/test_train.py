@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -146,6 +148,36 @@ def test_bf16_autocast_and_gradient_checkpointing(train):
     assert lines(half) != lines(plain)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_ends_with_the_same_bits(train, tiny_model_folder, lora):
+    """Weights, optimizer and step are the whole state: stopping after step 3 (mid-epoch 1) changes nothing."""
+    options = [f"--model_name_or_path={tiny_model_folder('llama')}", "--train_batch_size=32", "--warmup_steps=2"]
+    options += ["--save_steps=3", "--max_steps=7", "--eval_steps=2", "--add_eos=false"]
+    options += ["--chat_template_path=" + str(ROOT / "configs" / "tiny_llama")]
+    if lora:
+        options += ["--use_peft", "--lora_target_modules=all-linear", "--lora_dropout=0.3"]
+    _, whole = train("whole", *options)
+    _, parts = train("parts", *options)  # its end is forgotten:
+    shutil.rmtree(parts / "checkpoints" / "step-6")
+    summary, _ = train("parts", *options, "--resume_from_checkpoint=latest")
+    assert summary["train/steps"] == 7
+    for name in ("train/loss", "eval/loss", "optim/grad_norm", "optim/learning_rate", "train/epoch"):
+        assert lines(parts, name) == lines(whole, name)
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    one, other = load_file(whole / file), load_file(parts / file)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_learning_rate_by_hand(train):
+    _, out = train("linear", "--warmup_steps=2", "--learning_rate=1e-3")
+    assert lines(out, "optim/learning_rate") == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+    floor = '--lr_scheduler_kwargs={"min_lr_rate": 0.5}'
+    _, out = train("floor", "--lr_scheduler_type=cosine_with_min_lr", floor, "--learning_rate=1e-3", "--max_steps=2")
+    assert lines(out, "optim/learning_rate") == pytest.approx([1e-3, 7.5e-4])
+    with pytest.raises(train_rm.ConfigError, match="lr_scheduler_kwargs"):
+        train("wrong", "--lr_scheduler_type=polynomial", '--lr_scheduler_kwargs={"nope": 1}')
+
+
 def test_centering_and_margin_act(train):
     _, plain = train("plain")
     _, centred = train("centred", "--center_rewards_coefficient=1")
@@ -194,6 +226,23 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "nan" / "model.safetensors").exists()
     number, message = code("--layout=shared_prefix", "--attn_implementation=flash_attention_2", "--output_dir=flash")
     assert number == 2
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_with_143(tmp_path):
+    options = ["dataset_name=toy", *SMALL, "--max_steps=100000", f"--output_dir={tmp_path / 'out'}"]
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_rm.py"), *options], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.terminate()
+    assert running.wait(timeout=60) == 143
+    last = lines(tmp_path / "out", "step")[-1]
+    assert f"stopped after step {last}; go on with --resume_from_checkpoint=latest" in running.stderr.read()
+    assert (tmp_path / "out" / "checkpoints" / f"step-{last}" / "checkpoint.json").exists()
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_the_program_prints_one_json_line_last(tmp_path):

@@ -1,0 +1,83 @@
+"""The README's commands, paths, options, metrics and diffs match the code."""
+
+import dataclasses
+import re
+
+import torch
+from conftest import ROOT
+from test_train import SMALL, reset_accelerate
+
+import train_rm
+from rm.config import RewardConfig, parse_config
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.M | re.S)[1]
+
+
+def test_every_path_exists():
+    paths = set(re.findall(r"`((?:rm|tests|configs|docs)/[\w./-]*)`", README))
+    paths |= set(re.findall(r"\]\((?!http)([\w./-]+)\)", README)) | set(re.findall(r"configs/[\w/]+\.yaml", README))
+    assert len(paths) > 15
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_the_tree_lists_every_module():
+    tree = section("The tree")
+    modules = {path.name for path in (ROOT / "rm").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"^rm/(\w+\.py)", tree, re.M)) == modules
+
+
+def test_modules_import_only_what_stands_above_them():
+    order = re.findall(r"^rm/(\w+)\.py", section("The tree"), re.M)
+    for place, name in enumerate(order):
+        imported = re.findall(r"^\s*from rm\.(\w+) import", (ROOT / "rm" / f"{name}.py").read_text(), re.M)
+        assert set(imported) <= set(order[:place]), f"rm/{name}.py imports {set(imported) - set(order[:place])}"
+
+
+def test_option_table_is_complete():
+    rows = re.findall(r"^\| \*\*(\w+)\*\* \| (.*) \|$", section("Configuration"), re.M)
+    listed = [name for _, names in rows for name in re.findall(r"`(\w+)`", names)]
+    assert listed == [f.name for f in dataclasses.fields(RewardConfig)]
+    assert [title for title, _ in rows] == [
+        f.metadata["section"] for f in dataclasses.fields(RewardConfig) if f.metadata["section"]
+    ]
+
+
+def test_glossary_has_every_metric(tmp_path):
+    reset_accelerate()
+    summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={tmp_path / 'out'}"])
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text()
+    emitted = set(summary) | set(re.findall(r'"((?:train|eval|optim|speed)/[\w/]+)"', lines))
+    subsets = {name.split("/")[1] for name in emitted if name.count("/") == 2}
+    emitted = {re.sub(rf"/({'|'.join(subsets)})/", "/<subset>/", name) for name in emitted} - {"output_dir"}
+    defined = set(re.findall(r"`((?:train|eval|optim|speed)/[\w/<>]+)`", section("Metrics")))
+    assert emitted == defined
+
+
+def test_commands_parse():
+    """Every `train_rm.py` command line of the README is accepted by the parser (files that it names aside)."""
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+    commands = [line.split("train_rm.py", 1)[1] for line in lines if "train_rm.py" in line]
+    assert commands
+    for command in commands:
+        parse_config([str(ROOT / word) if word.startswith("configs/") else word for word in command.split()])
+
+
+def test_the_test_command_is_what_ci_runs():
+    found = re.search(r"<!-- test command -->\n```bash\n(.*?)\n```", README, re.S)[1]
+    assert found.startswith("python3 -m venv") and found.endswith("pytest")
+    assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_new_loss_diff_applies():
+    (diff,) = re.findall(r"```diff\n(.*?)```", section("How to hack it"), re.S)
+    (old,), (new,) = re.findall(r"^-(?!--)(.*\n)", diff, re.M), re.findall(r"^\+(?!\+\+)(.*\n)", diff, re.M)
+    source = (ROOT / "rm" / "loss.py").read_text()
+    assert source.count(old) == 1
+    scope: dict = {}
+    exec(source.replace(old, new), scope)
+    assert scope["pairwise_loss"](torch.tensor([3.0, 0.5]), torch.tensor([0.0, 0.0])).tolist() == [0.0, 0.5]
