@@ -1,0 +1,149 @@
+"""The reward table: the same held-out pairs at every evaluation, on the terminal, in a file and at the tracker."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import HORIZONTALS
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PROMPT_LINES, ANSWER_LINES = 3, 4  # lines of the terminal, about, to which a text is shortened
+JOINERS = "\u200c\u200d"  # invisible, harmless, and part of many words and emoji
+
+
+def visualize_samples(
+    texts: Sequence[dict[str, str]],
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    *,
+    ids: Sequence[str],
+    step: int,
+    output_dir: str | os.PathLike,
+    run_log: Any = None,
+    num_print_samples: int = 4,
+    margins: Sequence[float] | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Show the first pairs with their rewards: a table on the terminal, the whole texts in
+    `output_dir/samples/step-N.jsonl` and in the W&B Table `eval/samples`. On one process, and with the same pairs
+    every time.
+
+    Args:
+        texts: "prompt", "chosen" and "rejected" of each pair; the answers without the prompt.
+        chosen, rejected: rewards of the answers, float [B].
+        ids: names of the pairs, the same at every step.
+        step: optimizer steps done.
+        run_log: a `RunLog`, for its `table`. None: no tracker.
+        num_print_samples: how many pairs to show. -1: all; 0: off, nothing is written either.
+        margins: margins that the data gives, float [B], shown as `data_margin`. None: not shown.
+        console: where to print. None: standard output.
+
+    Returns:
+        The records, with id, step, prompt, chosen, rejected, reward_chosen, reward_rejected, and
+        p_chosen: probability that chosen is better, sigmoid(margin) (Bradley-Terry);
+        margin: reward_chosen - reward_rejected; data_margin if given;
+        correct: "right", "wrong" or "tie" as chosen has the higher, the lower or the same reward; "nan".
+
+    Raises:
+        ValueError: the sequences differ in length, or `num_print_samples` is below -1.
+    """
+    lengths = {len(column) for column in (texts, chosen, rejected, ids, margins) if column is not None}
+    if len(lengths) != 1:
+        raise ValueError(f"texts, chosen, rejected, ids and margins must have one length, got {sorted(lengths)}")
+    if num_print_samples < -1:
+        raise ValueError(f"num_print_samples={num_print_samples}: must be a count, -1 (all) or 0 (off)")
+    records = []
+    for i in range(len(texts) if num_print_samples == -1 else min(num_print_samples, len(texts))):
+        margin = float(chosen[i]) - float(rejected[i])
+        record = {"id": str(ids[i]), "step": step, **{key: texts[i][key] for key in ("prompt", "chosen", "rejected")}}
+        record |= {"reward_chosen": float(chosen[i]), "reward_rejected": float(rejected[i])}
+        record |= {"p_chosen": 0.5 + 0.5 * math.tanh(margin / 2), "margin": margin}  # sigmoid(margin), no overflow
+        record |= {} if margins is None else {"data_margin": float(margins[i])}
+        record["correct"] = "right" if margin > 0 else "wrong" if margin < 0 else "tie" if margin == 0 else "nan"
+        records.append(record)
+    if records:
+        write_records(Path(output_dir) / "samples" / f"step-{step}.jsonl", records)
+        console = console or Console()
+        console.print(reward_table(records, console))
+        if run_log is not None:
+            run_log.table("eval/samples", list(records[0]), [list(record.values()) for record in records], step)
+    return records
+
+
+def reward_table(records: list[dict[str, Any]], console: Console) -> Table:
+    """The records as a table that fits the console: prompts lose their start, answers their end."""
+    unicode = console.encoding.lower().startswith("utf")
+    dots = "…" if unicode else "..."
+
+    def plain(text: str) -> str:  # one line that can neither colour nor move the cursor, in the terminal's own letters
+        text = re.sub(r"[ \t]*[\r\n]+[ \t]*", " ⏎ " if unicode else " / ", text.strip()).replace("\t", " ")
+        text = "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in text)
+        return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+
+    def end_of(text: str, cells: int) -> str:
+        return text if cell_len(text) <= cells else dots + set_cell_size(text[::-1], cells - len(dots))[::-1].lstrip()
+
+    def start_of(text: str, cells: int) -> str:
+        return text if cell_len(text) <= cells else set_cell_size(text, cells - len(dots)).rstrip() + dots
+
+    lefts = []  # what stands at the left of prompt, chosen, rejected, (data's margin)
+    for r in records:
+        lefts.append([start_of(plain(r["id"]), 16), f"{r['correct']:5} P={r['p_chosen']:.3f}"])
+        lefts[-1].append(f"margin {r['margin']:+.3f}")
+        if "data_margin" in r:
+            lefts[-1].append(f"data   {r['data_margin']:+.3f}")
+    width = max(10, console.width - max(cell_len(line) for left in lefts for line in left) - 24)  # of the text column
+
+    right = sum(r["correct"] == "right" for r in records)
+    table = Table(
+        title=f"Step {records[0]['step']}: chosen has the higher reward in {right} of {len(records)} pairs shown",
+        caption="margin = reward of chosen - reward of rejected, P = sigmoid(margin); compare rewards in a pair only",
+        title_justify="left",
+        caption_justify="left",
+        box=HORIZONTALS,
+        pad_edge=False,
+        expand=True,
+    )
+    table.add_column("pair", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("text", ratio=1, overflow="fold", min_width=10)
+    table.add_column("reward", justify="right", no_wrap=True, min_width=7)
+    for r, left in zip(records, lefts, strict=True):
+        prompt, chosen, rejected = (plain(r[key]) or "(empty)" for key in ("prompt", "chosen", "rejected"))
+        same = len(os.path.commonprefix([chosen, rejected]))
+        if same > width:  # the answers part late: show where
+            chosen, rejected = (dots + answer[same - width // 2 :] for answer in (chosen, rejected))
+        cells = [
+            ("prompt", end_of(prompt, PROMPT_LINES * width), ""),
+            ("chosen", start_of(chosen, ANSWER_LINES * width), f"{r['reward_chosen']:+.3f}"),
+            ("rejected", start_of(rejected, ANSWER_LINES * width), f"{r['reward_rejected']:+.3f}"),
+            ("", "", ""),
+        ]
+        colour = {"right": "green", "wrong": "red"}.get(r["correct"], "yellow")
+        for i, verdict in enumerate(left):
+            # Text, and not str: to rich, square brackets in a str are markup
+            styles = ("bold", "dim", "dim", "") if i == 0 else (colour, "dim", "", colour)
+            table.add_row(*map(Text, (verdict, *cells[i]), styles), end_section=i == len(left) - 1)
+    return table
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, all of them or no file. NaN and infinities become "nan", "inf" and "-inf"."""
+    lines = []
+    for record in records:
+        record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    # UTF-8 has no half characters (lone surrogates), which data may hold; as backslash escapes they are valid JSON
+    part.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    part.replace(path)
