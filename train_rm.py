@@ -157,7 +157,10 @@ def main(argv: list[str]) -> dict:
 
     # ------------------------------------------------------------------------------ configuration
     config = parse_config(argv)
-    report_to = prepare_trackers(config.report_to)
+    try:
+        report_to = prepare_trackers(config.report_to)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     accelerator = make_accelerator(config.mixed_precision)
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     output_dir, run_name = open_output_dir(config, accelerator)
@@ -267,6 +270,8 @@ def main(argv: list[str]) -> dict:
         resume_step=step or None,
     )
 
+    margins = np.asarray(eval_pairs.dataset["margin"][:])
+
     def evaluate(step: int) -> tuple[dict[str, float], np.ndarray]:
         """Score the held-out pairs, log the metrics, show the samples. Collective."""
         rewards = evaluate_rewards(
@@ -295,6 +300,7 @@ def main(argv: list[str]) -> dict:
                     step=step,
                     output_dir=output_dir,
                     run_log=run_log,
+                    margins=margins[shown] if margins.any() else None,
                     num_print_samples=config.num_print_samples,
                 )
         return metrics, rewards
@@ -419,7 +425,9 @@ def run() -> int:
             main(sys.argv[1:])
         return 0
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        print(stopped, file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)  # a shell sees 143; sweep agents take an exit code above 0 for a failure
         return 143
     except (ConfigError, DataError, ModelError, NonFiniteError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.json
 from datasets import Dataset, DatasetDict
@@ -43,11 +44,11 @@ class Source:
     dataset: Dataset
     name: str
     files: tuple[str, ...] = ()  # the local files that hold the rows, in order
+    rows: np.ndarray | None = None  # for a selection, each row's number in the whole split
 
     def row_name(self, row: int) -> str:
         """Row `row` of `dataset` as "FILE, row N", N counted from 0 in the file (or in the split of a hub data set)."""
-        if self.dataset._indices is not None:  # a selection: back to the row of the split
-            row = self.dataset._indices.column(0)[row].as_py()
+        row = row if self.rows is None else int(self.rows[row])
         for file in self.files if len(self.files) > 1 else ():
             num_rows = len(_build(Path(file), None, "train")[0])
             if row < num_rows:
@@ -56,7 +57,8 @@ class Source:
         return f"{self.name}, row {row}"
 
     def select(self, rows) -> "Source":
-        return dataclasses.replace(self, dataset=self.dataset.select(rows))
+        before = np.asarray(rows) if self.rows is None else self.rows[np.asarray(rows)]
+        return dataclasses.replace(self, dataset=self.dataset.select(rows), rows=before)
 
     def first(self, num_rows: int | None) -> "Source":
         """The first `num_rows` rows in the data set's order (None: all); a warning and all rows where fewer exist."""

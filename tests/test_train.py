@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -215,6 +216,7 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "a", "rejected": null}\n')
     number, message = code("--dataset_name=bad.jsonl", "--eval_fraction=0.5", "--max_train_samples=none")
     assert number == 2 and "bad.jsonl" in message and "row 1" in message and "rejected" in message
+    assert code("--report_to=nowhere")[0] == 2
     number, message = code("--model_name_or_path=no/such")
     assert number == 2 and "no/such" in message
     (tmp_path / "old").mkdir()
@@ -238,7 +240,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143(tmp_path):
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
         time.sleep(0.1)
     running.terminate()
-    assert running.wait(timeout=60) == 143
+    assert running.wait(timeout=60) == -signal.SIGTERM  # which a shell calls 143
     last = lines(tmp_path / "out", "step")[-1]
     assert f"stopped after step {last}; go on with --resume_from_checkpoint=latest" in running.stderr.read()
     assert (tmp_path / "out" / "checkpoints" / f"step-{last}" / "checkpoint.json").exists()
