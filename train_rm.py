@@ -338,6 +338,7 @@ def main(argv: list[str]) -> dict:
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # collective
         grad_norm = float(grad_norm)  # syncs the device here
         if not math.isfinite(grad_norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            bar.close()
             ids = train_pairs.dataset[plan.indices(step)]["id"]
             raise NonFiniteError(f"gradient norm is {grad_norm} at step {step + 1}; its pairs: {', '.join(ids)}")
         optimizer.step()
@@ -375,6 +376,7 @@ def main(argv: list[str]) -> dict:
             )
         clock += time.perf_counter() - paused  # speeds are of training alone
         if stopping and step < total_steps:
+            bar.close()
             run_log.close()
             again = f"--resume_from_checkpoint=latest --output_dir={output_dir}"
             raise Stopped(f"stopped after step {step}; go on with {again}")

@@ -474,46 +474,32 @@ def test_sweep_arguments_are_understood(macro, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sweep_agent(tmp_path):
-    """W&B's own agent drives a program through configs/sweep.yaml's command: the trial is a run of the sweep, in the
+@pytest.mark.parametrize("macro", ["args", "args_no_hyphens"])
+def test_sweep_agent(tmp_path, macro):
+    """W&B's own agent runs a trial of train_rm.py by configs/sweep.yaml's command: it is a run of the sweep, in the
     sweep's project and named by W&B, and the swept metric has one value an evaluation."""
-    program = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from accelerate import Accelerator
-from rm.config import parse_config
-from rm.tracking import RunLog, prepare_trackers
-
-config = parse_config(sys.argv[1:])
-names = prepare_trackers(config.report_to)
-ours = {{"project": "ours", "run_name": "ours", "group": "ours", "config": {{"a": 1}}}}
-log = RunLog(Accelerator(cpu=True), "out", report_to=names, **ours)
-for step in (1, 2, 3, 4):
-    log.log({{"train/loss": 1.0 / step, "optim/learning_rate": config.learning_rate}}, step)
-    if step % 2 == 0:
-        log.log({{"eval/accuracy": step / 4}}, step)
-        log.table("eval/samples", ["id"], [["a"], ["b"]], step)
-log.summary({{"eval/accuracy": 1.0}})
-log.close()
-"""
-    (tmp_path / "train_rm.py").write_text(program)
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "quickstart.yaml").write_text((ROOT / "configs" / "quickstart.yaml").read_text())
-    stub = Stub(trials=[TRIAL], sweep=(ROOT / "configs" / "sweep.yaml").read_text())
-    env = os.environ | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": stub.url}
+    for name in ("train_rm.py", "rm", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    small = {"max_train_samples": 80, "max_eval_samples": 30, "max_steps": 4, "eval_steps": 2, "logging_steps": 1}
+    trial = TRIAL | small | {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "output_dir": str(tmp_path / "out")}
+    sweep = (ROOT / "configs" / "sweep.yaml").read_text().replace("- ${args}", f"- ${{{macro}}}")
+    stub = Stub(trials=[trial], sweep=sweep)
+    env = os.environ | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": stub.url, "OMP_NUM_THREADS": "1"}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     # `wandb agent`, but polling faster than every five seconds
     code = "import wandb, wandb.wandb_agent as w; w.Agent.POLL_INTERVAL = 0.5; wandb.agent('me/swept/s')"
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 90}
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 150}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, **options)
     assert list(stub.runs) == ["trial0"], done.stderr
     run = stub.runs["trial0"]
     assert (run["project"], run["sweep"]) == ("swept", "s") and "displayName" not in run and "groupName" not in run
+    recorded = lines(tmp_path / "out")
+    assert [line["step"] for line in recorded] == [1, 2, 2, 3, 4, 4]
     history = stub.history["trial0"]
-    evaluations = [line for line in history if "eval/accuracy" in line]
-    assert [(line["train/step"], line["eval/accuracy"]) for line in evaluations] == [(2, 0.5), (4, 1.0)]
+    for name in ("eval/accuracy", "train/loss", "optim/learning_rate"):
+        sent = [(line["train/step"], line[name]) for line in history if name in line]
+        assert sent == [(line["step"], line[name]) for line in recorded if name in line], name
+    assert [line["optim/learning_rate"] for line in recorded if "train/loss" in line] == [0.001] * 4
     tables = [(line["train/step"], line["eval/samples"]["nrows"]) for line in history if "eval/samples" in line]
-    assert tables == [(2, 2), (4, 2)]
-    assert [line["optim/learning_rate"] for line in history if "train/loss" in line] == [0.001] * 4
-    assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2, 2, 3, 4, 4]
+    assert tables == [(2, 4), (4, 4)]
     stub.close()

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import wandb_files
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 from safetensors.torch import load_file
@@ -252,4 +253,6 @@ def test_the_program_prints_one_json_line_last(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.strip().splitlines()[-1])["output_dir"] == str(tmp_path / "out")
     assert "Traceback" not in done.stderr
-    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
+    ((at, columns, rows),) = wandb_files.tables(wandb_files.run_dir(tmp_path / "out"), "eval/samples")
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "step-4.jsonl").read_text().splitlines()]
+    assert at["train/step"] == 4 and [dict(zip(columns, row, strict=True)) for row in rows] == samples

@@ -2,9 +2,9 @@
 
     python tests/bench/layouts.py --model MODEL --data pairs.jsonl --batch 16 --rounds 5
 
-A round is one optimizer step (forward, backward, clip, fused AdamW) in each layout, on copies of one model, with the pairs
-of one step of the plan. Prints the median and range of pairs/s over the rounds, the padded tokens, and the ratios round by
-round.
+A round is one optimizer step (forward, backward, clip, fused AdamW) in each layout, on copies of one model, with the
+pairs of one step of the plan. Prints the median and range of pairs/s over the rounds, the padded tokens, and the ratios
+round by round.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def main() -> None:
         )
     ratios = [b / a for a, b in zip(*(speeds[layout] for layout in LAYOUTS), strict=True)]
     print(
-        f"shared_prefix / concatenated: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
+        f"shared_prefix / concatenated: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
         f"tokens {tokens['concatenated'] / tokens['shared_prefix']:.2f} : 1, {torch.get_num_threads()} threads"
     )
 
