@@ -29,8 +29,9 @@ import transformers
 from datasets import Dataset, Features, LargeList, List, Value
 
 from rm.audit import DROPPED, KEPT, audit_counts, audit_table, count_in_train, data_report, fingerprint
-from rm.encode import SIDES, Recipe, RowError, can_share_prefix, describe, encode_batch, without_none
+from rm.encode import SIDES, Recipe, RowError, describe, encode_batch, without_none
 from rm.load import DataError, Source, check_late_rows, load_raw, progress_bars
+from rm.shared_start import can_share_prefix
 
 __all__ = ["DataError", "Pairs", "audit_table", "data_report", "load_pairs", "load_raw", "tokenize_pairs"]
 logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 import rm.data
 from rm.data import DataError, audit_table, data_report, load_pairs, load_raw, tokenize_pairs
-from rm.encode import _cut, can_share_prefix, encode_pairs, shared_prefix_length, truncate_left
+from rm.encode import shared_prefix_length, truncate_left
+from rm.shared_start import _cut, can_share_prefix, encode_pairs
 
 WORDS = "a b c d e f g x y z hi no yes ok Human : Assistant city tool date plain".split()
 TEMPLATE = (
