@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from rich.console import Console
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -36,16 +36,19 @@ from rm.config import ConfigError, RewardConfig, parse_config
 from rm.data import load_pairs
 from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
 from rm.export import ExportError, save_model, verify_export
-from rm.forward import concatenated_forward, resolve_layout
+from rm.forward import LayoutError, concatenated_forward, resolve_layout
 from rm.load import DataError
 from rm.loss import pairwise_loss
 from rm.metrics import Meter
-from rm.model import ModelError, RewardModel, add_lora, load_classifier, load_tokenizer
+from rm.model import ModelError, RewardModel, add_lora, check_positions, load_classifier, load_tokenizer
 from rm.provenance import peak_memory_gb, provenance
 from rm.tracking import RunLog, prepare_trackers, redact
 from rm.visualize_samples import visualize_samples
 
 logger = logging.getLogger("train_rm")
+
+
+MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip while it looks for its scale
 
 
 class NonFiniteError(RuntimeError):
@@ -74,12 +77,15 @@ class StopSignal:
         return accelerator.reduce(torch.tensor(float(self.received), device=accelerator.device), "sum").item() > 0
 
 
-def make_accelerator(mixed_precision: str | None) -> Accelerator:
+def make_accelerator(mixed_precision: str | None, max_grad_norm: float) -> Accelerator:
     """The accelerator; refuses to run fewer processes than the launcher started."""
     # without `cpu=True`, Accelerate runs every process of a torchrun on CPUs as a training of its own
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
-    if accelerator.state.deepspeed_plugin is not None:  # it wants to know, but the step plan decides
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    if (
+        accelerator.state.deepspeed_plugin is not None
+    ):  # it clips by itself, and wants a batch size that it does not use
+        options = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": max_grad_norm}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(options)
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise ConfigError(f"{started} processes were started, but {accelerator.num_processes} take part; use torchrun")
@@ -127,14 +133,17 @@ def make_scheduler(config: RewardConfig, optimizer, total_steps: int, steps_done
 
 
 def open_output_dir(config: RewardConfig, accelerator: Accelerator) -> tuple[Path, str]:
-    """The run's folder and name, the same on every process; refuses to write over a finished or running run."""
-    name = config.run_name
+    """The run's folder and name, made by the main process, the same on every process.
+
+    Raises ConfigError if the folder holds a run that is neither to be resumed nor overwritten, or cannot be written.
+    """
+    name, problem = config.run_name, None
     if name is None:
         parts = (Path(config.model_name_or_path).name, Path(config.dataset_name).name.split(".")[0])
         name = "-".join(parts) + time.strftime("-%Y%m%d-%H%M%S")
-    name = broadcast_object_list([name])[0]  # collective: clocks differ
+        while not config.output_dir and (Path("runs") / name).exists() and accelerator.is_main_process:
+            name += "+"  # another run of the same second
     folder = Path(config.output_dir or Path("runs") / name)
-    problem = None
     if accelerator.is_main_process:
         if (folder / "metrics.jsonl").exists() and not (config.overwrite_output_dir or config.resume_from_checkpoint):
             fix = "choose another, or give overwrite_output_dir=true or resume_from_checkpoint=latest"
@@ -145,7 +154,7 @@ def open_output_dir(config: RewardConfig, accelerator: Accelerator) -> tuple[Pat
                 (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             except OSError as error:
                 problem = f"output_dir={folder} cannot be written: {error.strerror}"
-    problem = broadcast_object_list([problem])[0]
+    name, folder, problem = broadcast_object_list([name, folder, problem])  # collective: clocks differ
     if problem:
         raise ConfigError(problem)
     return folder, name
@@ -161,7 +170,7 @@ def main(argv: list[str]) -> dict:
         report_to = prepare_trackers(config.report_to)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    accelerator = make_accelerator(config.mixed_precision)
+    accelerator = make_accelerator(config.mixed_precision, config.max_grad_norm)
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     output_dir, run_name = open_output_dir(config, accelerator)
     resume_from = None
@@ -223,8 +232,10 @@ def main(argv: list[str]) -> dict:
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
+            revision=config.model_revision,
         )
     model = RewardModel(classifier)
+    check_positions(model, max(train_pairs.audit["max_tokens"], eval_pairs.audit["max_tokens"]))
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {num_trainable:,} trained")
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
@@ -237,6 +248,8 @@ def main(argv: list[str]) -> dict:
         accelerator.device,
         tolerance=5e-2 if is_half else 1e-4,
     )
+    if "concatenated" in gather_object([layout]) and layout != "concatenated":  # collective: all or none
+        layout, reason = "concatenated", "another process could not"
     logger.info(f"layout: {layout} ({reason})")
 
     # ------------------------------------------------------------------------------ plan
@@ -260,6 +273,8 @@ def main(argv: list[str]) -> dict:
         step = load_checkpoint(resume_from, model, optimizer)  # collective
         scheduler = make_scheduler(config, optimizer, total_steps, step)
         logger.info(f"resumed from {resume_from}: {step} steps are done")
+        if step >= total_steps and (output_dir / "results.json").exists():
+            raise ConfigError(f"resume_from_checkpoint: the run in {output_dir} is finished; raise max_steps to go on")
     run_log = RunLog(
         accelerator,
         output_dir,
@@ -307,7 +322,7 @@ def main(argv: list[str]) -> dict:
 
     # ------------------------------------------------------------------------------ training
     meter = Meter(accelerator.device)
-    total_pairs, train_seconds = 0.0, 0.0
+    means, total_pairs, train_seconds, skipped = {}, 0.0, 0.0, 0
     bar = tqdm(total=total_steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     bar.update(step)
     model.train()
@@ -337,7 +352,8 @@ def main(argv: list[str]) -> dict:
         # -------------------------------------------------------------- clip and step
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # collective
         grad_norm = float(grad_norm)  # syncs the device here
-        if not math.isfinite(grad_norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+        if skipped > (0 if accelerator.scaler is None else MAX_SKIPPED):  # fp16's scaler skips such a step by itself
             bar.close()
             ids = train_pairs.dataset[plan.indices(step)]["id"]
             raise NonFiniteError(f"gradient norm is {grad_norm} at step {step + 1}; its pairs: {', '.join(ids)}")
@@ -362,8 +378,8 @@ def main(argv: list[str]) -> dict:
 
         # -------------------------------------------------------------- evaluate, save
         paused = time.perf_counter()
-        if step == total_steps or (config.eval_steps and step % config.eval_steps == 0):
-            eval_metrics, rewards = evaluate(step)
+        if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
+            evaluate(step)
         stopping = stop.requested(accelerator)  # collective
         if stopping or (config.save_steps and step % config.save_steps == 0):
             save_checkpoint(
@@ -382,22 +398,33 @@ def main(argv: list[str]) -> dict:
             raise Stopped(f"stopped after step {step}; go on with {again}")
     bar.close()
 
-    # ------------------------------------------------------------------------------ save
+    # ------------------------------------------------------------------------------ final evaluation, save
+    eval_metrics, rewards = evaluate(step)
     uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     weights = accelerator.get_state_dict(model) if uses_deepspeed else full_state_dict(model)  # collective
     summary = means | eval_metrics
     summary["train/steps"] = step
     summary["speed/train_seconds"] = round(train_seconds, 2)
-    summary["speed/pairs_per_second"] = round(total_pairs / train_seconds, 2)
+    summary["speed/pairs_per_second"] = round(total_pairs / max(train_seconds, 1e-9), 2)
     summary["speed/peak_memory_gb"] = round(peak_memory_gb(accelerator.device), 3)
     if accelerator.is_main_process:
-        save_model(getattr(model, "module", model), weights, tokenizer, output_dir, merge_adapter=config.merge_adapter)
+        save_model(
+            getattr(model, "module", model),
+            weights,
+            tokenizer,
+            output_dir,
+            merge_adapter=config.merge_adapter,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
         check = range(min(8, len(rewards)))
         verify_export(
             output_dir,
             [eval_pairs.dataset[i][f"input_ids_{side}"] for i in check for side in ("chosen", "rejected")],
             rewards[check].flatten(),
             tolerance=5e-2 if is_half else 1e-3,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
         )
         summary |= {"speed/total_seconds": round(time.perf_counter() - started, 2), "output_dir": str(output_dir)}
         record = {
@@ -431,7 +458,7 @@ def run() -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)  # a shell sees 143; sweep agents take an exit code above 0 for a failure
         return 143
-    except (ConfigError, DataError, ModelError, NonFiniteError, ExportError) as error:
+    except (ConfigError, DataError, ModelError, LayoutError, NonFiniteError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, NonFiniteError) else 1 if isinstance(error, ExportError) else 2
 

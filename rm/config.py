@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+TINY_LLAMA = "configs/tiny_llama"
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
@@ -48,7 +49,7 @@ class RewardConfig:
     """Flat, inputs only. Names are TRL's and transformers' wherever the meaning is the same."""
 
     # fmt: off
-    model_name_or_path: str = option("configs/tiny_llama", "hub name or folder; a folder without weights is initialised from its config", "Model")
+    model_name_or_path: str = option(TINY_LLAMA, "hub name or folder; a folder without weights is initialised from its config", "Model")
     model_revision: str = option("main", "branch, tag or commit on the hub")
     trust_remote_code: bool = option(False, "run code that comes with the model or tokenizer")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("float32", "type of the stored weights (the head and the loss are always float32)")
@@ -143,6 +144,7 @@ class RewardConfig:
         need(c.num_print_samples >= -1, "num_print_samples", "must be -1 (all), 0 (off) or a number of pairs")
         need(c.max_steps == -1 or c.max_steps > 0, "max_steps", "must be greater than 0, or -1 to use num_train_epochs")
         need(not (c.warmup_steps and c.warmup_ratio), "warmup_ratio", "warmup_steps is given too; give one of them")
+        need(not (c.dtype == "float16" and c.mixed_precision == "fp16"), "dtype", "fp16 autocast needs float32 weights")
         resumes_unnamed = c.resume_from_checkpoint and not (c.output_dir or c.run_name)
         need(not resumes_unnamed, "resume_from_checkpoint", "name the run to go on with: output_dir or run_name")
         no_warmup = c.lr_scheduler_type == "constant"
@@ -308,7 +310,15 @@ def parse_config(argv: list[str]) -> RewardConfig:
     merged: dict[str, Any] = {}
     for file in files:
         merged |= read_yaml(file)
-    return RewardConfig(**(merged | values))
+    merged |= values
+    for key, other in (("dataset_name", "model_name_or_path"), ("model_name_or_path", "dataset_name")):
+        if merged.get(key, getattr(RewardConfig, key)) != getattr(RewardConfig, key) and other not in merged:
+            raise ConfigError(
+                f"{other} is not given, but {key} is; without it {getattr(RewardConfig, other)} would be used"
+            )
+    if merged.get("model_name_or_path", TINY_LLAMA) == TINY_LLAMA and not Path(TINY_LLAMA).exists():
+        merged["model_name_or_path"] = str(QUICKSTART.parent / "tiny_llama")  # started from another folder
+    return RewardConfig(**merged)
 
 
 def help_text() -> str:

@@ -20,10 +20,10 @@ from rm.batching import PairLengths, plan_micro_batches
 from rm.collate import COLUMNS, collate
 from rm.config import ConfigError, parse_config
 from rm.data import Pairs, load_pairs, tokenize_pairs
-from rm.forward import concatenated_forward, resolve_layout
+from rm.forward import LayoutError, concatenated_forward, resolve_layout
 from rm.load import DataError, load_raw
 from rm.metrics import evaluation_metrics
-from rm.model import ModelError, RewardModel, load_tokenizer, load_trained
+from rm.model import ModelError, RewardModel, check_positions, load_tokenizer, load_trained
 
 
 def pair_lengths(dataset) -> PairLengths:
@@ -49,7 +49,9 @@ def evaluate_rewards(
     """
     costs = pair_lengths(dataset).cost(layout)
     plans = plan_micro_batches(np.arange(len(costs)), costs, layout, micro_batch_tokens, accelerator.num_processes)
-    table = torch.zeros(len(costs), 3, dtype=torch.float64, device=accelerator.device)  # chosen, rejected, times
+    table = torch.zeros(
+        len(costs), 3, device=accelerator.device
+    )  # chosen, rejected (float32 as computed), times scored
     dataset = dataset.with_format("numpy", columns=COLUMNS)
     was_training = model.training
     model.eval()
@@ -58,11 +60,11 @@ def evaluate_rewards(
         chosen_B, rejected_B = concatenated_forward(model, batch)
         if not micro_batch.is_filler:
             scored = torch.stack([chosen_B, rejected_B, torch.ones_like(chosen_B)], dim=1)
-            table[batch.index_B] += scored.double()
+            table[batch.index_B] += scored
     model.train(was_training)
     table = accelerator.reduce(table, "sum").cpu().numpy()  # collective
     assert (table[:, 2] == 1).all(), "a pair was scored twice or not at all"
-    return table[:, :2]
+    return table[:, :2].astype(np.float64)
 
 
 def pairs_metrics(
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> dict[str, float]:
     recorded = Path(name) / "config.yaml"
     base = ["--config", str(recorded)] if recorded.is_file() else []
     if not own_data:
-        base += ["eval_fraction=none", "eval_dataset_name=none", "dataset_config=none"]
+        base += ["eval_fraction=none", "eval_dataset_name=none", "dataset_config=none", "max_eval_samples=none"]
     config = parse_config([*base, f"model_name_or_path={name}", *rest])
 
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
@@ -127,7 +129,9 @@ def main(argv: list[str]) -> dict[str, float]:
                 accept_only_split=True,
             )
             pairs = tokenize_pairs(source, tokenizer, **rendering)
-    model = RewardModel(load_trained(name, tokenizer, trust_remote_code=config.trust_remote_code))
+    trained = load_trained(name, tokenizer, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    model = RewardModel(trained)
+    check_positions(model, pairs.audit["max_tokens"])
     model = accelerator.prepare_model(model, evaluation_mode=True)
     tokens = pairs.dataset.with_format("numpy")
     layout, _ = resolve_layout(
@@ -163,5 +167,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError, ModelError) as error:
+    except (ConfigError, DataError, ModelError, LayoutError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -28,6 +28,8 @@ def save_model(
     output_dir: Path,
     *,
     merge_adapter: bool = False,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Write model and tokenizer to `output_dir` for `AutoModelForSequenceClassification.from_pretrained`.
 
@@ -36,6 +38,7 @@ def save_model(
         state_dict: all its weights on the CPU (`rm.checkpoint.full_state_dict`).
         merge_adapter: under LoRA, write the merged weights to `output_dir` and the adapter to `output_dir/adapter`;
             otherwise the adapter goes to `output_dir`.
+        dtype: of the weights in training (an adapter is merged into weights of that type).
     """
     state_dict = {name.removeprefix("classifier."): tensor for name, tensor in state_dict.items()}
     is_adapter = hasattr(model.classifier, "peft_config")
@@ -45,14 +48,21 @@ def save_model(
     model.classifier.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     if is_adapter and merge_adapter:
-        merged = load_trained(str(folder), tokenizer).merge_and_unload()
+        trained = load_trained(str(folder), tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
+        merged = trained.merge_and_unload()
         merged.save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
 
 
 @torch.no_grad()
 def verify_export(
-    output_dir: Path, sequences: Sequence[np.ndarray], rewards: Sequence[float], *, tolerance: float
+    output_dir: Path,
+    sequences: Sequence[np.ndarray],
+    rewards: Sequence[float],
+    *,
+    tolerance: float,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> float:
     """Reload `output_dir` with plain transformers, score `sequences` again, and return the largest difference.
 
@@ -63,12 +73,13 @@ def verify_export(
         sequences: token ids, as they were evaluated.
         rewards: their rewards in the evaluation.
         tolerance: relative to the largest reward (at least 1).
+        dtype: of the weights in training, for an adapter; a whole model is loaded as it was saved.
 
     Raises:
         ExportError: a reward differs by more than that.
     """
-    tokenizer = AutoTokenizer.from_pretrained(output_dir)
-    model = load_trained(str(output_dir), tokenizer).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=trust_remote_code)
+    model = load_trained(str(output_dir), tokenizer, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     expected = np.asarray(rewards, dtype=np.float64)
     bound = tolerance * max(1.0, float(np.abs(expected).max()))
 

@@ -19,6 +19,10 @@ from rm.model import RewardModel
 logger = logging.getLogger(__name__)
 
 
+class LayoutError(ValueError):
+    """`shared_prefix` was asked for by name, and the model cannot do it; the message is one line with the reason."""
+
+
 def shared_prefix_mask(tree_RL: Tensor, branch_RL: Tensor, position_RL: Tensor, window: int | None = None) -> Tensor:
     """Which key each query sees, bool [R, 1, L, L].
 
@@ -100,7 +104,7 @@ def resolve_layout(
     largest reward (at least 1): 1e-4 suits float32, 5e-2 half precision.
 
     Raises:
-        ValueError: `layout` is "shared_prefix" and the proof fails.
+        LayoutError: `layout` is "shared_prefix" and the proof fails.
     """
     core: RewardModel = getattr(model, "module", model)
     if layout == "concatenated":
@@ -110,17 +114,21 @@ def resolve_layout(
         was_training = model.training
         model.eval()
         try:
-            packed = collate(dataset, MicroBatch([list(indices)]), "shared_prefix", pad_token_id).to(device)
+            half = (len(indices) + 1) // 2  # two rows of several trees: packing is part of what is proved
+            rows = [list(indices[:half]), list(indices[half:])] if half < len(indices) else [list(indices)]
+            packed = collate(dataset, MicroBatch(rows), "shared_prefix", pad_token_id).to(device)
             padded = collate(dataset, MicroBatch([[i] for i in indices]), "concatenated", pad_token_id).to(device)
             rewards, expected = score_batch(model, packed), score_batch(model, padded)
             difference = (rewards - expected).abs().max().item()
             if not difference <= tolerance * max(1.0, expected.abs().max().item()):  # NaN fails too
                 reason = f"rewards of {len(indices)} pairs differ by {difference:.2g} between the layouts"
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError) as error:
             reason = f"the model refuses packed rows ({str(error).splitlines()[0][:150]})"
         model.train(was_training)
     if not reason:
         return "shared_prefix", f"proved: rewards of {len(indices)} pairs agree to {difference:.1g}"
     if layout == "shared_prefix":
-        raise ValueError(f"layout=shared_prefix: {reason}; use layout=auto or concatenated")
+        raise LayoutError(f"layout=shared_prefix: {reason}; use layout=auto or concatenated")
     return "concatenated", reason

@@ -19,14 +19,15 @@ class Meter:
     NAMES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(len(self.NAMES) + 2, dtype=torch.float64, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.sums = torch.zeros(len(self.NAMES) + 2, dtype=dtype, device=device)
 
     def update(self, loss_B: Tensor, chosen_B: Tensor, rejected_B: Tensor, weight_B: Tensor, num_tokens: int) -> None:
         """Add the pairs of one micro-batch; `weight_B` 0 leaves a filler out. `num_tokens`: padded tokens computed."""
         margin_B = (chosen_B - rejected_B).detach()
-        accuracy_B = (margin_B > 0).double() + 0.5 * (margin_B == 0)  # a tie counts half
-        values_KB = torch.stack([v.detach().double() for v in (loss_B, accuracy_B, margin_B, chosen_B, rejected_B)])
-        self.sums[:-2] += (values_KB * weight_B).sum(1)
+        accuracy_B = (margin_B > 0) + 0.5 * (margin_B == 0)  # a tie counts half
+        values_KB = torch.stack([v.detach().float() for v in (loss_B, accuracy_B, margin_B, chosen_B, rejected_B)])
+        self.sums[:-2] += (values_KB * weight_B).to(self.sums.dtype).sum(1)
         self.sums[-2] += weight_B.sum()
         self.sums[-1] += num_tokens
 
@@ -56,6 +57,11 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     if any(r.std() == 0 for r in ranks):
         return math.nan
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def accuracy_ceiling(true_margin: np.ndarray) -> float:
+    """The best possible accuracy, mean of max(p, 1 - p) with p = sigmoid(true_margin); `true_margin`: log-odds, [n]."""
+    return float(np.mean(1 / (1 + np.exp(-np.abs(true_margin)))))
 
 
 def evaluation_metrics(
@@ -99,8 +105,7 @@ def evaluation_metrics(
         "eval/pairs": len(learned),
     }
     if true_margin is not None:
-        p = 1 / (1 + np.exp(-np.asarray(true_margin, dtype=np.float64)))
-        metrics["eval/accuracy_ceiling"] = float(np.mean(np.maximum(p, 1 - p)))
+        metrics["eval/accuracy_ceiling"] = accuracy_ceiling(np.asarray(true_margin, dtype=np.float64))
         metrics["eval/spearman_true_margin"] = spearman(learned, np.asarray(true_margin))
     if subset is not None:
         groups = np.asarray(subset, dtype=str)

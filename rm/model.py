@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -18,9 +19,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 logger = logging.getLogger(__name__)
 
+LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 PAD_TOKEN = "<|reward_pad|>"
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
@@ -41,6 +44,9 @@ class RewardModel(nn.Module):
         super().__init__()
         self.classifier = classifier
         self.config: PreTrainedConfig = self.bare.config
+        self._no_split_modules = self.bare._no_split_modules  # what FSDP wraps: the layers of the model inside
+        if self.is_causal:
+            self.bare.score.float()
 
     @property
     def bare(self) -> PreTrainedModel:
@@ -79,9 +85,10 @@ class RewardModel(nn.Module):
         hidden_RLD = backbone(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
         ).last_hidden_state
-        hidden_ND = hidden_RLD[end_row, end_index].float()
+        head_dtype = next(self.bare.score.parameters()).dtype  # float32, unless an engine casts all weights
+        hidden_ND = hidden_RLD[end_row, end_index].to(head_dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            return self.bare.score(hidden_ND).squeeze(-1)
+            return self.bare.score(hidden_ND).float()[:, 0].clone()  # FSDP2 can lose the hook of a view
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer
@@ -163,20 +170,23 @@ def load_classifier(
             options.pop("revision")
             options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
             model = AutoModelForSequenceClassification.from_config(options.pop("config"), **options)
-            head_is_new = True
+            head_is_new, drawn = True, set()
         else:
             model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)
-            head_is_new = any(key.split(".")[-2] == _head_name(model) for key in info["missing_keys"])
-            missing = [key for key in info["missing_keys"] if _head_name(model) not in key and "pooler" not in key]
+            prefix = model.base_model_prefix + "."
+            head_is_new = any(not key.startswith(prefix) for key in info["missing_keys"])
+            missing = [key for key in info["missing_keys"] if key.startswith(prefix) and "pooler" not in key]
             if missing:
                 raise ModelError(f"'{name}' lacks {len(missing)} weights, among them {missing[0]}")
-    except (OSError, ValueError, ImportError) as error:
+            drawn = {"pooler" if "pooler" in key else key.split(".")[0] for key in info["missing_keys"]}
+    except LOAD_ERRORS as error:
         raise ModelError(f"'{name}' could not be loaded as a reward model: {_first_line(error)}") from None
 
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    head = getattr(model, _head_name(model)).float()
+    model.drawn_modules = sorted(drawn)  # not in the checkpoint: an adapter must hold them
+    head = find_head(model)
     if head_is_new:
         torch.manual_seed(seed)  # the head depends on the seed alone, whatever was drawn for other layers
         nn.init.normal_(head.weight, std=1 / (head.in_features + 1) ** 0.5)
@@ -188,31 +198,49 @@ def load_classifier(
     if disable_dropout:
         _disable_dropout(model)
     if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it")
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def load_trained(name: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> nn.Module:
-    """What a run saved, for scoring: a sequence classifier, or a PEFT model from an adapter folder.
+def load_trained(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> nn.Module:
+    """What a run saved, as plain transformers or PEFT load it: a sequence classifier, or a PEFT model of an adapter.
 
-    The pad token, by which transformers finds a sequence's last token, is set from the tokenizer, since an adapter
-    folder holds no config of the model under it. Raises `ModelError` if the model has no trained reward head.
+    An adapter holds neither the pad token, by which transformers finds a sequence's last token, nor the type of the
+    weights under it: the first is set from `tokenizer`, the second is `dtype`, that of the training. Raises
+    `ModelError` if the model has no trained reward head.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForSequenceClassification
-
-        model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1)
-        model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-        return model
+    options = dict(dtype=dtype, trust_remote_code=trust_remote_code)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        if find_adapter_config_file(name) is not None:
+            from peft import AutoPeftModelForSequenceClassification
+
+            model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, **options)
+            model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+            return model
+        options["output_loading_info"] = True
+        model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
+    except LOAD_ERRORS as error:
         raise ModelError(f"'{name}' could not be loaded as a reward model: {_first_line(error)}") from None
     if info["missing_keys"] or model.config.num_labels != 1:
         raise ModelError(f"'{name}' is not a trained reward model: it has no head with one output")
     return model
+
+
+def check_positions(model: RewardModel, longest: int) -> None:
+    """Raise `ModelError` if sequences of `longest` tokens do not fit a learned table of positions (GPT-2, OPT, BERT)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learned = any(
+        isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+        for name, module in model.named_modules()
+    )
+    if learned and limit and longest > limit:
+        raise ModelError(
+            f"sequences have up to {longest} tokens, the model {limit} positions: set max_length"
+        )
 
 
 def _has_no_weights(name: str) -> bool:
@@ -221,10 +249,16 @@ def _has_no_weights(name: str) -> bool:
     return (folder / "config.json").is_file() and not any(list(folder.glob(p)) for p in patterns)
 
 
-def _head_name(model: nn.Module) -> str:
-    for name in ("score", "classifier"):
-        if isinstance(getattr(model, name, None), nn.Linear):
-            return name
+def find_head(model: nn.Module) -> nn.Linear:
+    """The last linear layer of a sequence classifier: `score` of decoders, `classifier` of encoders."""
+    for name in ("score", "classifier", "classifier.out_proj", "classification_head.out_proj"):
+        try:
+            head = model.get_submodule(name)
+        except AttributeError:
+            continue
+        head = getattr(head, "modules_to_save", {"default": head})["default"]  # PEFT's trainable copy
+        if isinstance(head, nn.Linear):
+            return head
     raise ModelError(f"{type(model).__name__} has no linear head named score or classifier")
 
 
@@ -249,6 +283,7 @@ def add_lora(
     alpha: int,
     dropout: float,
     target_modules: str | list[str] | None,
+    revision: str = "main",
 ) -> nn.Module:
     """Wrap `model` in a LoRA adapter whose head is trained in full (`task_type=SEQ_CLS` does that)."""
     from peft import LoraConfig, TaskType, get_peft_model
@@ -256,13 +291,17 @@ def add_lora(
     if _has_no_weights(model.config._name_or_path):
         raise ModelError(f"use_peft needs a model with weights to adapt; '{model.config._name_or_path}' has none")
     lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules
+        task_type=TaskType.SEQ_CLS,
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        modules_to_save=model.drawn_modules or None,
     )
     try:
-        adapted = get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora, revision=None if revision == "main" else revision)
     except ValueError as error:
         raise ModelError(f"lora_target_modules={target_modules!r}: {_first_line(error)}") from None
-    head = getattr(adapted.get_base_model(), "score", None) or adapted.get_base_model().classifier
-    if not any(p.requires_grad for p in head.parameters()):
+    if not find_head(adapted.get_base_model()).weight.requires_grad:
         raise ModelError("the reward head is not trainable under this adapter")
     return adapted

@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, PAD
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from conftest import COMMON, ENCODERS, EOS, PAD, random_pairs, tiny_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from rm.batching import MicroBatch
 from rm.checkpoint import full_state_dict
@@ -71,6 +78,36 @@ def test_export_gives_the_same_rewards(tiny_model_folder, tmp_path, pairs, pad_t
     classify = pipeline("text-classification", model=plain, tokenizer=reloaded, function_to_apply="none")
     texts = [reloaded.decode(s) for s in sequences]
     np.testing.assert_allclose([r["score"] for r in classify(texts, batch_size=4)], rewards, atol=1e-4)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+def test_lora_in_float32_over_weights_stored_in_bf16(tiny_model_folder, tmp_path, pairs, merge):
+    """transformers loads the type that is stored: the adapter's base must come back in the type it was trained in."""
+    folder = tiny_model_folder("llama")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    model = trained_like(folder, tokenizer, lora=True)
+    sequences, rewards = rewards_of(model, with_eos(pairs), tokenizer)
+    out = tmp_path / "out"
+    save_model(model, full_state_dict(model), tokenizer, out, merge_adapter=merge, dtype="float32")
+    assert verify_export(out, sequences, rewards, tolerance=1e-4, dtype="float32") < 1e-4
+
+
+def test_lora_holds_the_modules_that_the_checkpoint_lacks(tmp_path):
+    """A masked language model has no pooler: it is drawn, and must be trained and saved with the adapter."""
+    config = AutoConfig.for_model("bert", **(COMMON | ENCODERS["bert"]))
+    torch.manual_seed(0)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    tokenizer = load_tokenizer(str(tmp_path / "bert"))
+    model = trained_like(str(tmp_path / "bert"), tokenizer, lora=True)
+    pairs = with_eos(random_pairs())
+    batch = collate(pairs, MicroBatch([[i] for i in range(6)]), "concatenated", tokenizer.pad_token_id)
+    with torch.no_grad():
+        rewards = torch.stack(concatenated_forward(model, batch), dim=1).flatten().tolist()
+    sequences = [row[s] for row in pairs for s in ("input_ids_chosen", "input_ids_rejected")]
+    save_model(model, full_state_dict(model), tokenizer, tmp_path / "out")
+    assert verify_export(tmp_path / "out", sequences, rewards, tolerance=1e-4) < 1e-4
 
 
 def test_a_wrong_export_is_refused(tiny_model_folder, tmp_path, pairs):

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from conftest import EOS, ROOT, tiny_classifier
-from transformers import AutoModelForSequenceClassification
+from conftest import COMMON, EOS, ROOT, tiny_classifier
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rm.model import PAD_TOKEN, ModelError, RewardModel, add_lora, load_classifier, load_tokenizer
+from rm.model import (
+    PAD_TOKEN,
+    ModelError,
+    RewardModel,
+    add_lora,
+    check_positions,
+    find_head,
+    load_classifier,
+    load_tokenizer,
+)
 
 TINY_LLAMA = str(ROOT / "configs" / "tiny_llama")
 
@@ -62,6 +71,26 @@ def test_bf16_weights_with_a_float32_head(tiny_model_folder):
     assert rewards.dtype == torch.float32 and rewards.shape == (1,)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(torch.arange(3, 8)[None], torch.ones(1, 5), *ends).dtype == torch.float32
+
+
+def test_an_encoder_in_bf16(tmp_path):
+    model = RewardModel(tiny_classifier("bert").to(torch.bfloat16))
+    ends = torch.tensor([0]), torch.tensor([4])
+    assert model(torch.arange(3, 8)[None], torch.ones(1, 5), *ends).dtype == torch.float32
+
+
+def test_heads_of_all_shapes_are_found():
+    assert find_head(tiny_classifier("llama")).in_features == 32
+    assert find_head(tiny_classifier("bert")).in_features == 32
+    roberta = AutoConfig.for_model("roberta", **(COMMON | dict(intermediate_size=48)))
+    assert find_head(AutoModelForSequenceClassification.from_config(roberta)).out_features == 1
+
+
+def test_too_long_sequences_are_refused_before_training():
+    check_positions(RewardModel(tiny_classifier("gpt2")), 256)
+    check_positions(RewardModel(tiny_classifier("llama")), 10_000)  # rotary: no table
+    with pytest.raises(ModelError, match="up to 257 tokens, the model 256 positions: set max_length"):
+        check_positions(RewardModel(tiny_classifier("gpt2")), 257)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_model_folder):

@@ -1,0 +1,224 @@
+"""The embedded preference data: small dialogues whose true reward is known.
+
+Two answers to one prompt are drawn independently from a grammar, and the label from the Bradley-Terry model of their
+true rewards: P(a is better) = sigmoid(reward(a) - reward(b)). The labels are noisy on purpose, so that the best
+possible accuracy is known: E[max(p, 1 - p)], about 0.85 here.
+
+`python -m rm.toy OUT_DIR` writes the word-level tokenizer of this grammar (`configs/tiny_llama` holds its output).
+"""
+
+import hashlib
+import itertools
+import math
+import random
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, Features, Value
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+# ---------------------------------------------------------------- the true reward, in log-odds
+
+POLITE = {"hello!": 0.75, "gladly,": 1.0, "happy to help.": 1.5, "good luck!": 1.125, "i hope this helps.": 1.375}
+RUDE = {"everyone knows that.": -1.75, "what a silly question.": -2.25, "now leave me alone.": -2.75}
+HEDGING = {"maybe you can": -0.875, "i guess you could": -1.25, "but i may be wrong.": -1.625}
+USELESS = {"again,": -1.5, "sorry, i can not help with that.": -2.5}
+PHRASE_REWARD = POLITE | RUDE | HEDGING | USELESS  # added for every time that the answer has the phrase
+BRIEF, DETAILED = ("brief", "quick"), ("detailed", "thorough")
+STEP_BRIEF, STEP_DETAILED = -0.8125, 1.8125  # for every step after the first, by what the prompt asked for
+
+# ---------------------------------------------------------------- the grammar
+
+TASKS = {
+    "cook rice": ("rinse it", "add water", "add salt", "boil it", "let it rest"),
+    "bake bread": ("mix flour and water", "add yeast", "knead it", "let it rest", "bake it"),
+    "make tea": ("boil water", "warm the cup", "add the leaves", "wait a little", "add milk"),
+    "paint a wall": ("clean it", "cover the floor", "mix the paint", "paint it", "let it dry"),
+    "fix a bike": ("clean it", "oil the chain", "check the brakes", "fill the tires", "test it"),
+    "wash a car": ("rinse it", "use soap", "clean the windows", "rinse it well", "let it dry"),
+    "sleep well": ("go to bed early", "drink less coffee", "read a little", "close your eyes", "rest"),
+    "write a letter": ("find paper", "add the date", "write a little", "check it", "sign it"),
+}
+TASK_NAMES = tuple(TASKS)
+SUBSETS = ("brief", "detailed", "system", "multi_turn")
+QUESTIONS = ("how do i {task}?", "how can i {task}?", "tell me how to {task}.")
+BACKGROUND = ("", "", "", "", "i am new to this.", "it is for my family.")
+USER_GREETINGS = ("", "", "hello!", "good morning!")
+REQUESTS = ("a {style} answer, please.", "please keep it {style}.", "be {style}.")
+SYSTEM_REQUESTS = ("give {style} answers.", "keep every answer {style}.")
+FOLLOW_UPS = ("thanks.", "one more thing.")
+
+ANSWER_GREETINGS = ("", "hello!")
+OPENINGS = ("", "", "", "gladly,", "gladly,", "happy to help.", "what a silly question.", "everyone knows that.")
+HEDGES = ("", "", "", "i guess you could", "maybe you can")
+REFUSAL = "sorry, i can not help with that."
+REPETITION = "again,"
+JOINTS = (", then ", ", and ", ". next, ")
+CLOSINGS = ("", "", "", "", "good luck!", "i hope this helps.", "now leave me alone.", "but i may be wrong.")
+
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+FEATURES = Features(
+    {"id": Value("string"), "subset": Value("string")}
+    | dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES)
+    | dict.fromkeys(("score_chosen", "score_rejected", "true_margin"), Value("float64"))
+)
+
+
+def true_reward(prompt_messages: list[dict], answer_text: str) -> float:
+    """The reward (log-odds) of an answer, from the texts alone."""
+    reward = sum(weight * answer_text.count(phrase) for phrase, weight in PHRASE_REWARD.items())
+    asked = " ".join(message["content"] for message in prompt_messages if message["role"] != "assistant")
+    step_reward = any(style in asked for style in BRIEF) * STEP_BRIEF
+    step_reward += any(style in asked for style in DETAILED) * STEP_DETAILED
+    return reward + step_reward * sum(answer_text.count(joint) for joint in JOINTS)
+
+
+def _draw_prompt(rng: random.Random) -> tuple[str, list[dict], str]:
+    """One prompt: its subset, its messages, and the task that the answers are about."""
+    task = _pick(rng, TASK_NAMES)
+    question = _pick(rng, QUESTIONS).format(task=task)
+    subset = _pick(rng, SUBSETS)
+    wants_brief = subset == "brief" or (subset != "detailed" and rng.random() < 0.5)
+    style = _pick(rng, BRIEF if wants_brief else DETAILED)
+    request = _pick(rng, SYSTEM_REQUESTS if subset == "system" else REQUESTS).format(style=style)
+    opening = _pick(rng, USER_GREETINGS), _pick(rng, BACKGROUND)
+    if subset == "system":
+        messages = [_message("system", request), _message("user", *opening, question)]
+    elif subset == "multi_turn":
+        earlier = _pick(rng, [name for name in TASK_NAMES if name != task])
+        messages = [
+            _message("user", *opening, _pick(rng, QUESTIONS).format(task=earlier)),
+            _message("assistant", _sentence(rng, _draw_steps(rng, earlier, _pick(rng, (1, 2))))),
+            _message("user", _pick(rng, FOLLOW_UPS), question, request),
+        ]
+    else:
+        request_first = rng.random() < 0.5
+        messages = [_message("user", *opening, *((request, question) if request_first else (question, request)))]
+    return subset, messages, task
+
+
+def _draw_answer(rng: random.Random, task: str) -> str:
+    greeting, opening, closing = _pick(rng, ANSWER_GREETINGS), _pick(rng, OPENINGS), _pick(rng, CLOSINGS)
+    if rng.random() < 0.1:
+        return _join(greeting, opening, REFUSAL, closing)
+    steps = _draw_steps(rng, task, _pick(rng, (1, 2, 3)))
+    repetition = f"{REPETITION} {steps[-1]}." if rng.random() < 0.2 else ""
+    return _join(greeting, opening, _pick(rng, HEDGES), _sentence(rng, steps), repetition, closing)
+
+
+def _draw_steps(rng: random.Random, task: str, num_steps: int) -> list[str]:
+    remaining = list(TASKS[task])
+    return [remaining.pop(int(rng.random() * len(remaining))) for _ in range(num_steps)]
+
+
+def _sentence(rng: random.Random, steps: list[str]) -> str:
+    return steps[0] + "".join(_pick(rng, JOINTS) + step for step in steps[1:]) + "."
+
+
+def _pick(rng: random.Random, options: Sequence):
+    return options[int(rng.random() * len(options))]  # faster than rng.choice, and the same in every Python
+
+
+def _join(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
+
+
+def _message(role: str, *parts: str) -> dict:
+    return {"role": role, "content": _join(*parts)}
+
+
+def _draw_pairs(split: str, num_pairs: int, seed: int) -> Iterator[dict]:
+    rng = random.Random(f"{seed}/{split}")
+    for index in range(num_pairs):
+        while True:  # the last message decides the split: no prompt is in both, whatever the seed
+            subset, prompt, task = _draw_prompt(rng)
+            if zlib.crc32(prompt[-1]["content"].encode()) % 2 == (split == "test"):
+                break
+        answer_a = answer_b = _draw_answer(rng, task)
+        while answer_b == answer_a:
+            answer_b = _draw_answer(rng, task)
+        reward_a, reward_b = true_reward(prompt, answer_a), true_reward(prompt, answer_b)
+        a_is_chosen = rng.random() < 1 / (1 + math.exp(reward_b - reward_a))  # Bradley-Terry
+        chosen, rejected = (answer_a, answer_b) if a_is_chosen else (answer_b, answer_a)
+        score_chosen, score_rejected = (reward_a, reward_b) if a_is_chosen else (reward_b, reward_a)
+        yield {
+            "id": f"{split}-{index}",
+            "subset": subset,
+            "prompt": prompt,
+            "chosen": [_message("assistant", chosen)],
+            "rejected": [_message("assistant", rejected)],
+            "score_chosen": score_chosen,
+            "score_rejected": score_rejected,
+            "true_margin": score_chosen - score_rejected,
+        }
+
+
+def toy_dataset(split: str, num_pairs: int, seed: int = 0) -> Dataset:
+    """`num_pairs` preference pairs of `split` ("train" or "test"), a pure function of the arguments.
+
+    The first N are the same whatever `num_pairs`; the two splits have no prompt in common. Columns: `FEATURES`, with
+    scores and `true_margin` (chosen minus rejected) in log-odds. The pairs are drawn once into the cache of `datasets`
+    and read from disk; processes that ask at the same moment wait for the one that draws.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"the toy data has the splits 'train' and 'test', not {split!r}")
+    if num_pairs < 1:
+        raise ValueError(f"the toy data needs at least one pair, not {num_pairs}")
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    path = Path(datasets.config.HF_DATASETS_CACHE, "toy", f"{split}-{num_pairs}-{seed}-{code}.arrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            incomplete = path.with_suffix(".incomplete")
+            rows = _draw_pairs(split, num_pairs, seed)
+            with pa.OSFile(str(incomplete), "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
+                while batch := list(itertools.islice(rows, 1000)):
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=FEATURES.arrow_schema))
+            incomplete.replace(path)
+    return Dataset.from_file(str(path), split=split)
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+CHAT_TEMPLATE = """\
+{%- if tools %}{{ '<|system|>' + (tools | tojson) + '<|end|>' }}{% endif %}
+{%- for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the grammar (other words are <unk>); it ends a message with its EOS token, <|end|>."""
+    grammar = [TASKS, *TASKS.values(), QUESTIONS, BACKGROUND, USER_GREETINGS, REQUESTS, SYSTEM_REQUESTS, BRIEF]
+    grammar += [DETAILED, FOLLOW_UPS, ANSWER_GREETINGS, OPENINGS, HEDGES, [REFUSAL, REPETITION], JOINTS, CLOSINGS]
+    text = " ".join(itertools.chain(*grammar)).replace("{task}", " ").replace("{style}", " ")
+    vocabulary = sorted(set(re.findall(r"\w+|[^\w\s]", text)))
+    ids = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *vocabulary))}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    words.decoder = decoders.WordPiece(cleanup=True)  # no space before a full stop
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|end|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[3:]),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m rm.toy OUT_DIR")
+    build_tokenizer().save_pretrained(sys.argv[1])
