@@ -231,7 +231,7 @@ def load_trained(
 
 
 def check_positions(model: RewardModel, longest: int) -> None:
-    """Raise `ModelError` if sequences of `longest` tokens do not fit a learned table of positions (GPT-2, OPT, BERT)."""
+    """Raise `ModelError` if `longest` tokens do not fit a learned table of positions (GPT-2, OPT, BERT)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     learned = any(
         isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
