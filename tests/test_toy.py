@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 from conftest import ROOT
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from rm.metrics import accuracy_ceiling
 from rm.toy import SUBSETS, build_tokenizer, toy_dataset, true_reward
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
 
 
 def test_a_pure_function_of_split_and_seed():
@@ -75,3 +79,34 @@ def test_the_tokenizer_knows_every_word_and_renders_by_template():
         for side in ("chosen", "rejected"):
             text = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
             assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+
+
+def test_second_call_reads_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    toy_dataset("train", 50)
+    (path,) = tmp_path.rglob("*.arrow")
+    before = path.stat().st_mtime_ns
+    toy_dataset("train", 50)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_the_users_and_systems_requests_count_and_the_assistants_words_do_not():
+    system = [{"role": "system", "content": "give detailed answers."}]
+    assistant = [{"role": "assistant", "content": "a quick rinse."}]
+    answer = "rinse it, then boil it."
+    assert true_reward(system + user("how?"), answer) == 1.8125
+    assert true_reward(user("be brief.") + assistant + user("and now?"), answer) == -0.8125
+    assert true_reward(assistant + user("how?"), answer) == 0.0
+
+
+def test_decoding_gives_the_text_back_and_the_config_fits():
+    tokenizer, config = (
+        AutoTokenizer.from_pretrained(ROOT / "configs" / "tiny_llama"),
+        AutoConfig.from_pretrained(ROOT / "configs" / "tiny_llama"),
+    )
+    text = toy_dataset("train", 300)["chosen"][7][0]["content"]
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
+    assert config.vocab_size == len(tokenizer) and tokenizer.model_max_length == config.max_position_embeddings
+    with pytest.raises(ValueError, match="at least one pair, not 0"):
+        toy_dataset("train", 0)
