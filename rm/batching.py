@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-# Packed rows are filled up to this: a dense mask costs the row's square (tiny_llama on a CPU: 1.3 times faster than 512).
+# Packed rows are filled up to this: a dense mask costs the row's square (tiny_llama on a CPU: 1.3x faster than 512).
 ROW_TOKENS = 256
 
 

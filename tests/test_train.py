@@ -63,6 +63,8 @@ def weights(folder):
 
 def assert_same_run(one, other, loss=1e-6, weight=1e-5):
     np.testing.assert_allclose(lines(one), lines(other), atol=loss)
+    # AdamW and clipping hide a wrong scale of the gradient; its norm does not
+    np.testing.assert_allclose(lines(one, "optim/grad_norm"), lines(other, "optim/grad_norm"), rtol=1e-4)
     assert lines(one, "optim/learning_rate") == lines(other, "optim/learning_rate")
     np.testing.assert_allclose(lines(one, "eval/loss"), lines(other, "eval/loss"), atol=1e-5)
     a, b = weights(one), weights(other)
