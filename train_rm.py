@@ -23,11 +23,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
+from rm.attention import block_size
 from rm.audit import audit_table, data_report
 from rm.batching import StepPlan
 from rm.checkpoint import find_checkpoint, full_state_dict, load_checkpoint, save_checkpoint
@@ -39,9 +41,10 @@ from rm.export import ExportError, save_model, verify_export
 from rm.forward import LayoutError, concatenated_forward, resolve_layout
 from rm.load import DataError
 from rm.loss import pairwise_loss
+from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb
 from rm.metrics import Meter
-from rm.model import ModelError, RewardModel, add_lora, check_positions, load_classifier, load_tokenizer
-from rm.provenance import peak_memory_gb, provenance
+from rm.model import ModelError, RewardModel, add_lora, check_positions, compile_layers, load_classifier, load_tokenizer
+from rm.provenance import provenance
 from rm.tracking import RunLog, prepare_trackers, redact
 from rm.visualize_samples import visualize_samples
 
@@ -70,12 +73,6 @@ class StopSignal:
         self.received = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
 
-    def requested(self, accelerator: Accelerator) -> bool:
-        """Whether any process was told to stop. Collective, so that all stop after the same step."""
-        if accelerator.num_processes == 1:
-            return self.received
-        return accelerator.reduce(torch.tensor(float(self.received), device=accelerator.device), "sum").item() > 0
-
 
 def make_accelerator(mixed_precision: str | None, max_grad_norm: float) -> Accelerator:
     """The accelerator; refuses to run fewer processes than the launcher started."""
@@ -92,10 +89,10 @@ def make_accelerator(mixed_precision: str | None, max_grad_norm: float) -> Accel
     return accelerator
 
 
-def sync_on_last(accelerator: Accelerator, model: torch.nn.Module, i: int, count: int):
-    """Context for micro-batch `i` of `count`: gradients cross the wire on the last one only."""
+def sync_on_last(accelerator: Accelerator, model: torch.nn.Module, i: int, count: int, never: bool = False):
+    """Context for micro-batch `i` of `count`: gradients cross the wire on the last one only, or `never`."""
     accelerator.gradient_state._set_sync_gradients(i == count - 1)  # DeepSpeed and the fp16 scaler look here
-    return nullcontext() if i == count - 1 else accelerator.no_sync(model)
+    return nullcontext() if i == count - 1 and not never else accelerator.no_sync(model)
 
 
 def seed_everything(seed: int, step: int, process_index: int) -> None:
@@ -171,6 +168,11 @@ def main(argv: list[str]) -> dict:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     accelerator = make_accelerator(config.mixed_precision, config.max_grad_norm)
+    if config.auto_find_batch_size and not can_repeat_steps(accelerator.distributed_type):
+        fix = f"cannot act under {accelerator.distributed_type.value}; set micro_batch_tokens instead"
+        raise ConfigError(f"auto_find_batch_size=True: {fix}")
+    if config.attn_implementation == "flex_attention" and accelerator.device.type == "cpu":
+        raise ConfigError("attn_implementation=flex_attention: it has no backward pass on a CPU; use sdpa")
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     output_dir, run_name = open_output_dir(config, accelerator)
     resume_from = None
@@ -236,6 +238,8 @@ def main(argv: list[str]) -> dict:
         )
     model = RewardModel(classifier)
     check_positions(model, max(train_pairs.audit["max_tokens"], eval_pairs.audit["max_tokens"]))
+    if config.torch_compile:
+        logger.info(f"torch_compile: one graph for {compile_layers(model)} layers, made in the first steps")
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {num_trainable:,} trained")
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
@@ -261,6 +265,7 @@ def main(argv: list[str]) -> dict:
         seed=config.seed,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        block_size=block_size(model),
     )
     total_steps = plan.total_steps(config.num_train_epochs, config.max_steps)
     scheduler = make_scheduler(config, optimizer, total_steps)
@@ -322,6 +327,7 @@ def main(argv: list[str]) -> dict:
 
     # ------------------------------------------------------------------------------ training
     meter = Meter(accelerator.device)
+    finder = BatchSizeFinder(accelerator, plan, meter, optimizer, enabled=config.auto_find_batch_size)
     means, total_pairs, train_seconds, skipped = {}, 0.0, 0.0, 0
     bar = tqdm(total=total_steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     bar.update(step)
@@ -332,29 +338,33 @@ def main(argv: list[str]) -> dict:
         micro_batches, num_pairs = plan.step(step)  # this process's share; num_pairs counts every process's
         seed_everything(config.seed, step, accelerator.process_index)
 
-        for i, micro_batch in enumerate(micro_batches):
-            batch = collate(train_set, micro_batch, layout, tokenizer.pad_token_id).to(accelerator.device)
-            with sync_on_last(accelerator, model, i, len(micro_batches)):
-                # ------------------------------------------------------ forward, loss, backward
-                chosen_B, rejected_B = concatenated_forward(model, batch)
-                loss_B = pairwise_loss(
-                    chosen_B,
-                    rejected_B,
-                    batch.margin_B,
-                    center_rewards_coefficient=config.center_rewards_coefficient,
-                    label_smoothing=config.label_smoothing_factor,
-                )
-                # a sum over pairs by the step's global count: the same gradient however the step was cut up
-                # (x processes, since DDP and FSDP average over them)
-                accelerator.backward((loss_B * batch.weight_B).sum() * accelerator.num_processes / num_pairs)
-            meter.update(loss_B, chosen_B, rejected_B, batch.weight_B, batch.input_ids_RL.numel())
+        with finder.attempt():
+            for i, micro_batch in enumerate(micro_batches):
+                batch = collate(train_set, micro_batch, layout, tokenizer.pad_token_id).to(accelerator.device)
+                with sync_on_last(accelerator, model, i, len(micro_batches), never=finder.sync_after):
+                    # ------------------------------------------------------ forward, loss, backward
+                    chosen_B, rejected_B = concatenated_forward(model, batch)
+                    loss_B = pairwise_loss(
+                        chosen_B,
+                        rejected_B,
+                        batch.margin_B,
+                        center_rewards_coefficient=config.center_rewards_coefficient,
+                        label_smoothing=config.label_smoothing_factor,
+                    )
+                    # a sum over pairs by the step's global count: the same gradient however the step was cut up
+                    # (x processes, since DDP and FSDP average over them)
+                    accelerator.backward((loss_B * batch.weight_B).sum() * accelerator.num_processes / num_pairs)
+                meter.update(loss_B, chosen_B, rejected_B, batch.weight_B, batch.input_ids_RL.numel())
+        if finder.must_repeat(step):  # out of memory: the same step in smaller micro-batches
+            continue
+        if finder.sync_after:
+            average_gradients(model, accelerator.num_processes)  # collective
 
         # -------------------------------------------------------------- clip and step
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # collective
         grad_norm = float(grad_norm)  # syncs the device here
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
         if skipped > (0 if accelerator.scaler is None else MAX_SKIPPED):  # fp16's scaler skips such a step by itself
-            bar.close()
             ids = train_pairs.dataset[plan.indices(step)]["id"]
             raise NonFiniteError(f"gradient norm is {grad_norm} at step {step + 1}; its pairs: {', '.join(ids)}")
         optimizer.step()
@@ -380,7 +390,7 @@ def main(argv: list[str]) -> dict:
         paused = time.perf_counter()
         if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
             evaluate(step)
-        stopping = stop.requested(accelerator)  # collective
+        stopping = any_process(accelerator, stop.received)  # collective: all stop after the same step
         if stopping or (config.save_steps and step % config.save_steps == 0):
             save_checkpoint(
                 output_dir / "checkpoints",
@@ -392,7 +402,6 @@ def main(argv: list[str]) -> dict:
             )
         clock += time.perf_counter() - paused  # speeds are of training alone
         if stopping and step < total_steps:
-            bar.close()
             run_log.close()
             again = f"--resume_from_checkpoint=latest --output_dir={output_dir}"
             raise Stopped(f"stopped after step {step}; go on with {again}")
@@ -443,6 +452,13 @@ def main(argv: list[str]) -> dict:
     return summary
 
 
+def print_last(message: str) -> None:
+    """Print to stderr, below the progress bar that an error has left half drawn."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(message, file=sys.stderr, flush=True)
+
+
 def run() -> int:
     """`main` with its errors as exit codes: 2 wrong configuration or data, 3 non-finite numbers, 143 stopped by
     SIGTERM after a checkpoint, 1 anything else."""
@@ -454,13 +470,22 @@ def run() -> int:
             main(sys.argv[1:])
         return 0
     except Stopped as stopped:
-        print(stopped, file=sys.stderr, flush=True)
+        print_last(str(stopped))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)  # a shell sees 143; sweep agents take an exit code above 0 for a failure
         return 143
     except (ConfigError, DataError, ModelError, LayoutError, NonFiniteError, ExportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_last(f"error: {error}")
         return 3 if isinstance(error, NonFiniteError) else 1 if isinstance(error, ExportError) else 2
+    except MemoryError as error:
+        print_last(f"error: {error}")
+        return 1
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        fix = "give a smaller micro_batch_tokens (no result depends on it), or auto_find_batch_size=true"
+        print_last(f"error: out of memory; {fix} ({str(error).splitlines()[0][:200]})")
+        return 1
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-# Packed rows are filled up to this: a dense mask costs the row's square (tiny_llama on a CPU: 1.3x faster than 512).
+# Packed rows are filled up to this, or to the longest pair: a dense mask costs the row's square.
 ROW_TOKENS = 256
 
 
@@ -22,11 +22,13 @@ ROW_TOKENS = 256
 class MicroBatch:
     """One forward pass on one process: for each row, the data set's indices of the pairs in it.
 
-    A filler repeats a pair with weight 0, so that every process runs the same number of forward passes.
+    A filler repeats a pair with weight 0, so that every process runs the same number of forward passes. Packed rows are
+    padded to a multiple of `pad_to_multiple_of`.
     """
 
     rows: list[list[int]]
     is_filler: bool = False
+    pad_to_multiple_of: int = 1
 
     @property
     def num_pairs(self) -> int:
@@ -99,7 +101,12 @@ def cut_micro_batches(rows: list[list[int]], widths: Sequence[int], micro_batch_
 
 
 def plan_micro_batches(
-    indices: np.ndarray, costs: np.ndarray, layout: str, micro_batch_tokens: int, num_processes: int = 1
+    indices: np.ndarray,
+    costs: np.ndarray,
+    layout: str,
+    micro_batch_tokens: int,
+    num_processes: int = 1,
+    block_size: int | None = None,
 ) -> list[list[MicroBatch]]:
     """Cut the pairs `indices` into micro-batches for every process, with balanced token counts.
 
@@ -108,21 +115,26 @@ def plan_micro_batches(
         costs: tokens of each of those pairs under `layout` (`PairLengths.cost`), int [n].
         layout: "shared_prefix" (several pairs packed in a row) or "concatenated" (a pair is two padded rows).
         micro_batch_tokens: padded tokens of one forward pass; a longer pair runs alone.
+        block_size: tokens in a block, where the attention kernel skips blocks in which nothing is seen: a micro-batch
+            is then one row of whole blocks. None: rows are short, since the kernel computes their whole square.
 
     Returns:
         For each process its list of micro-batches; all lists are equally long.
     """
     plans: list[list[MicroBatch]] = []
+    row_tokens = micro_batch_tokens if block_size else min(ROW_TOKENS, micro_batch_tokens)
+    multiple = block_size or 1
     for share in deal(costs, num_processes):
         share_costs = costs[share]
         if layout == "shared_prefix":
-            rows = pack_rows(share_costs, min(ROW_TOKENS, micro_batch_tokens))
+            rows = pack_rows(share_costs, row_tokens)
         else:
             rows = [[i] for i in range(len(share))]
         widths = [int(share_costs[row].sum()) for row in rows]
         groups = cut_micro_batches(rows, widths, micro_batch_tokens)
-        plans.append([MicroBatch([[int(indices[share[i]]) for i in row] for row in group]) for group in groups])
-    filler = MicroBatch([[int(indices[int(np.argmin(costs))])]], is_filler=True)
+        named = [[[int(indices[share[i]]) for i in row] for row in group] for group in groups]
+        plans.append([MicroBatch(group, pad_to_multiple_of=multiple) for group in named])
+    filler = MicroBatch([[int(indices[int(np.argmin(costs))])]], is_filler=True, pad_to_multiple_of=multiple)
     longest = max(map(len, plans))
     return [plan + [filler] * (longest - len(plan)) for plan in plans]
 
@@ -133,7 +145,7 @@ class StepPlan:
     Args:
         lengths: of all training pairs.
         train_batch_size: pairs per optimizer step over all processes; the last step of an epoch has what is left.
-        layout, micro_batch_tokens: see `plan_micro_batches`.
+        layout, micro_batch_tokens, block_size: see `plan_micro_batches`.
         seed: decides the order.
     """
 
@@ -147,12 +159,14 @@ class StepPlan:
         seed: int,
         process_index: int = 0,
         num_processes: int = 1,
+        block_size: int | None = None,
     ):
         self.costs = lengths.cost(layout)
         self.num_pairs = len(self.costs)
         self.train_batch_size = train_batch_size
         self.layout, self.micro_batch_tokens, self.seed = layout, micro_batch_tokens, seed
         self.process_index, self.num_processes = process_index, num_processes
+        self.block_size = block_size
         self.steps_per_epoch = math.ceil(self.num_pairs / train_batch_size)
 
     def total_steps(self, num_train_epochs: float, max_steps: int = -1) -> int:
@@ -169,6 +183,18 @@ class StepPlan:
         """This process's micro-batches of optimizer step `step`, and the number of pairs over all processes."""
         indices = self.indices(step)
         plans = plan_micro_batches(
-            indices, self.costs[indices], self.layout, self.micro_batch_tokens, self.num_processes
+            indices,
+            self.costs[indices],
+            self.layout,
+            self.micro_batch_tokens,
+            self.num_processes,
+            self.block_size,
         )
         return plans[self.process_index], len(indices)
+
+    def halve_micro_batches(self, step: int) -> bool:
+        """Halve `micro_batch_tokens`; False if the longest pair of `step` would run alone as it did before."""
+        if self.micro_batch_tokens <= int(self.costs[self.indices(step)].max()):
+            return False
+        self.micro_batch_tokens //= 2
+        return True

@@ -10,6 +10,7 @@ Shape suffixes: B pairs (or trees), N sequences, R rows, L tokens in a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -42,7 +43,7 @@ class Batch:
 
     input_ids_RL: int64. end_row_N, end_index_N: where each sequence's last token stands, int64.
     attention_mask_RL: int64, in `concatenated` rows only. tree_RL (-1: padding), branch_RL, position_RL: int64, in
-    `shared_prefix` rows only.
+    `shared_prefix` rows only. tree_lengths: tokens of each tree (and of the padding) if there is one such row.
     margin_B, weight_B: float32 (weight 0: a filler). index_B: the pairs' indices in the data set, int64.
     """
 
@@ -56,6 +57,7 @@ class Batch:
     tree_RL: Tensor | None = None
     branch_RL: Tensor | None = None
     position_RL: Tensor | None = None
+    tree_lengths: list[int] | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -63,7 +65,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
 
 def pair_tree(example: dict) -> Tree:
@@ -93,9 +95,10 @@ def concatenate(trees: Sequence[Tree], pad_token_id: int) -> dict[str, Tensor]:
     )
 
 
-def pack(rows: Sequence[Sequence[Tree]], pad_token_id: int) -> dict[str, Tensor]:
-    """Each row's trees one after the other, padded on the right to the longest row."""
-    shape = (len(rows), max(sum(map(len, row)) for row in rows))
+def pack(rows: Sequence[Sequence[Tree]], pad_token_id: int, pad_to_multiple_of: int = 1) -> dict:
+    """Each row's trees one after the other, padded on the right to the longest row, rounded up to a multiple."""
+    longest = max(sum(map(len, row)) for row in rows)
+    shape = (len(rows), math.ceil(longest / pad_to_multiple_of) * pad_to_multiple_of)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     tree_ids = np.full(shape, -1, dtype=np.int64)
     branch_ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -114,7 +117,9 @@ def pack(rows: Sequence[Sequence[Tree]], pad_token_id: int) -> dict[str, Tensor]
                     end_row.append(r)
                     end_index.append(stop - 1)
                 start = stop
+    tree_lengths = [len(tree) for tree in rows[0]] + [shape[1] - longest] * (shape[1] > longest)
     return dict(
+        tree_lengths=tree_lengths if len(rows) == 1 else None,
         input_ids_RL=torch.from_numpy(input_ids),
         tree_RL=torch.from_numpy(tree_ids),
         branch_RL=torch.from_numpy(branch_ids),
@@ -124,10 +129,10 @@ def pack(rows: Sequence[Sequence[Tree]], pad_token_id: int) -> dict[str, Tensor]
     )
 
 
-def collate_trees(rows: Sequence[Sequence[Tree]], layout: str, pad_token_id: int) -> dict[str, Tensor]:
-    """The token tensors of `rows` of trees under `layout`; N runs over the trees in the order given."""
+def collate_trees(rows: Sequence[Sequence[Tree]], layout: str, pad_token_id: int, pad_to_multiple_of: int = 1) -> dict:
+    """What `Batch` holds of `rows` of trees under `layout`; N runs over the trees in the order given."""
     if layout == "shared_prefix":
-        return pack(rows, pad_token_id)
+        return pack(rows, pad_token_id, pad_to_multiple_of)
     return concatenate([tree for row in rows for tree in row], pad_token_id)
 
 
@@ -144,7 +149,7 @@ def collate(dataset, micro_batch: MicroBatch, layout: str, pad_token_id: int) ->
     rows = [[pair_tree(next(examples)) for _ in row] for row in micro_batch.rows]
     weight = 0.0 if micro_batch.is_filler else 1.0
     return Batch(
-        **collate_trees(rows, layout, pad_token_id),
+        **collate_trees(rows, layout, pad_token_id, micro_batch.pad_to_multiple_of),
         margin_B=torch.as_tensor(np.asarray(columns["margin"], dtype=np.float32)),
         weight_B=torch.full((len(indices),), weight),
         index_B=torch.tensor(indices),

@@ -53,7 +53,7 @@ class RewardConfig:
     model_revision: str = option("main", "branch, tag or commit on the hub")
     trust_remote_code: bool = option(False, "run code that comes with the model or tokenizer")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("float32", "type of the stored weights (the head and the loss are always float32)")
-    attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, ...; none: transformers' choice")
+    attn_implementation: str | None = option(None, "sdpa, eager, flex_attention, flash_attention_2, ...; none: transformers' choice (on a CPU: sdpa_by_tree)")
     disable_dropout: bool = option(True, "set every dropout of the base model to 0 (lora_dropout is its own option)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third more time")
     chat_template_path: str | None = option(None, "Jinja file, or folder of a tokenizer, whose chat template is used; none: the tokenizer's own")
@@ -102,6 +102,8 @@ class RewardConfig:
 
     micro_batch_tokens: int = option(8192, "padded tokens per forward pass on one device; changes memory, not results", "Hardware")
     eval_micro_batch_tokens: int | None = option(None, "the same in evaluation; none: 2 x micro_batch_tokens")
+    auto_find_batch_size: bool = option(False, "out of memory: halve micro_batch_tokens and repeat the step, same numbers (DDP then sums gradients after the backward pass)")
+    torch_compile: bool = option(False, "compile the repeated layer (about 15 s a graph, in the first steps): faster where it is long used")
     layout: Literal["auto", "shared_prefix", "concatenated"] = option("auto", "how pairs become rows; auto: shared_prefix where a start-up check proves it right")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "autocast; none: as `accelerate launch` was told")
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from rm.attention import block_size
 from rm.batching import PairLengths, plan_micro_batches
 from rm.collate import COLUMNS, collate
 from rm.config import ConfigError, parse_config
@@ -23,7 +24,7 @@ from rm.data import Pairs, load_pairs, tokenize_pairs
 from rm.forward import LayoutError, concatenated_forward, resolve_layout
 from rm.load import DataError, load_raw
 from rm.metrics import evaluation_metrics
-from rm.model import ModelError, RewardModel, check_positions, load_tokenizer, load_trained
+from rm.model import ModelError, RewardModel, check_positions, load_tokenizer, load_trained, use_cpu_kernel
 
 
 def pair_lengths(dataset) -> PairLengths:
@@ -48,7 +49,9 @@ def evaluate_rewards(
     row is gathered twice, and nothing depends on batches, layout or processes but for float rounding.
     """
     costs = pair_lengths(dataset).cost(layout)
-    plans = plan_micro_batches(np.arange(len(costs)), costs, layout, micro_batch_tokens, accelerator.num_processes)
+    plans = plan_micro_batches(
+        np.arange(len(costs)), costs, layout, micro_batch_tokens, accelerator.num_processes, block_size(model)
+    )
     table = torch.zeros(
         len(costs), 3, device=accelerator.device
     )  # chosen, rejected (float32 as computed), times scored
@@ -131,6 +134,7 @@ def main(argv: list[str]) -> dict[str, float]:
             pairs = tokenize_pairs(source, tokenizer, **rendering)
     trained = load_trained(name, tokenizer, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     model = RewardModel(trained)
+    use_cpu_kernel(model.bare)
     check_positions(model, pairs.audit["max_tokens"])
     model = accelerator.prepare_model(model, evaluation_mode=True)
     tokens = pairs.dataset.with_format("numpy")

@@ -6,6 +6,8 @@ Shape suffixes: R rows, L tokens, N sequences, D hidden.
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import find_adapter_config_file
+
+from rm.attention import SDPA_BY_TREE
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,7 @@ class RewardModel(nn.Module):
         end_row: Tensor,
         end_index: Tensor,
         position_ids: Tensor | None = None,
+        tree_lengths: list[int] | None = None,
     ) -> Tensor:
         """Rewards, float32 [N].
 
@@ -76,14 +81,16 @@ class RewardModel(nn.Module):
             input_ids, position_ids: int64 [R, L].
             attention_mask: 0/1 [R, L], or bool/additive [R, 1, L, L], or a dict of these by layer type.
             end_row, end_index: where the last token of each sequence stands, int64 [N].
+            tree_lengths: tokens of each tree of the only row, for `rm.attention.attend_by_tree`.
         """
         if not self.is_causal:  # concatenated rows only: row n is sequence n's
             logits = self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits
             return logits[end_row, 0].float()
         backbone = getattr(self.bare, self.bare.base_model_prefix)
-        positions = {} if position_ids is None else {"position_ids": position_ids}
+        packed = {"position_ids": position_ids, "tree_lengths": tree_lengths}
+        packed = {name: value for name, value in packed.items() if value is not None}
         hidden_RLD = backbone(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed
         ).last_hidden_state
         head_dtype = next(self.bare.score.parameters()).dtype  # float32, unless an engine casts all weights
         hidden_ND = hidden_RLD[end_row, end_index].to(head_dtype)
@@ -197,6 +204,8 @@ def load_classifier(
         logger.info("reward head: kept from the loaded model")
     if disable_dropout:
         _disable_dropout(model)
+    if attn_implementation is None:
+        use_cpu_kernel(model)
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it")
@@ -230,6 +239,28 @@ def load_trained(
     return model
 
 
+def use_cpu_kernel(model: PreTrainedModel) -> None:
+    """Without an accelerator, attend tree by tree where transformers would choose `sdpa` (`rm.attention`)."""
+    if not torch.accelerator.is_available() and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(SDPA_BY_TREE)
+
+
+def compile_layers(model: RewardModel) -> int:
+    """Compile the repeated layer in place, for rows of any shape; returns how many layers share the code.
+
+    Regional: the layers are the same code, so that one of them is compiled and all use it, in any batch shape
+    (`dynamic`). Names of weights stay as they are. Raises `ModelError` if there is no such layer or no C++ compiler.
+    """
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    if not layers:
+        raise ModelError(f"torch_compile: {type(model.bare).__name__} does not name its repeated layer")
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise ModelError("torch_compile needs a C++ compiler, such as g++; install one, or turn it off")
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)
+
+
 def check_positions(model: RewardModel, longest: int) -> None:
     """Raise `ModelError` if `longest` tokens do not fit a learned table of positions (GPT-2, OPT, BERT)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -238,9 +269,7 @@ def check_positions(model: RewardModel, longest: int) -> None:
         for name, module in model.named_modules()
     )
     if learned and limit and longest > limit:
-        raise ModelError(
-            f"sequences have up to {longest} tokens, the model {limit} positions: set max_length"
-        )
+        raise ModelError(f"sequences have up to {longest} tokens, the model {limit} positions: set max_length")
 
 
 def _has_no_weights(name: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -37,11 +36,3 @@ def provenance() -> dict:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": machine,
     }
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Largest memory of this process so far, in 10^9 bytes: of the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: no network, no tracker account, tiny models from configs."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -117,3 +118,22 @@ def tiny_model_folder(tmp_path):
         return str(folder)
 
     return make
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """train(name, *options) → (summary, output folder) of a run in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    from runs import SMALL, reset_accelerate
+
+    import train_rm
+
+    def run(name: str, *options: str):
+        reset_accelerate()
+        folder = tmp_path / name
+        summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={folder}", *options])
+        assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == summary
+        return summary, folder
+
+    return run

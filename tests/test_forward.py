@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import CAUSAL, ENCODERS, PAD, random_pairs, tiny_classifier
 
+from rm.attention import SDPA_BY_TREE, attention_mask, dense_mask, shared_prefix_rule
 from rm.batching import MicroBatch
 from rm.collate import Batch, Tree, collate, collate_trees
-from rm.forward import concatenated_forward, resolve_layout, score_batch, shared_prefix_mask
+from rm.forward import concatenated_forward, resolve_layout, score_batch
 from rm.loss import pairwise_loss
 from rm.model import RewardModel
 
@@ -52,8 +53,10 @@ def test_layouts_equal_separate_passes(kind, lora, pairs):
     expected = gradients(model, chosen, rejected, margin)
     assert any("score" in name for name in expected)
 
-    cases = [("concatenated", [[i] for i in range(6)])] + [("shared_prefix", rows) for rows in ROWS.values()]
-    for layout, rows in cases:
+    cases = [("concatenated", [[i] for i in range(6)], "sdpa")]
+    cases += [("shared_prefix", rows, kernel) for rows in ROWS.values() for kernel in ("sdpa", SDPA_BY_TREE)]
+    for layout, rows, kernel in cases:
+        model.bare.set_attn_implementation(kernel)
         batch = collate(pairs, MicroBatch(rows), layout, PAD)
         got_chosen, got_rejected = concatenated_forward(model, batch)
         torch.testing.assert_close(got_chosen, chosen[batch.index_B], atol=1e-5, rtol=1e-5)
@@ -61,7 +64,7 @@ def test_layouts_equal_separate_passes(kind, lora, pairs):
         got = gradients(model, got_chosen, got_rejected, batch.margin_B)
         assert got.keys() == expected.keys()
         for name, gradient in expected.items():
-            torch.testing.assert_close(got[name], gradient, atol=2e-4, rtol=1e-4, msg=f"{layout} {name}")
+            torch.testing.assert_close(got[name], gradient, atol=2e-4, rtol=1e-4, msg=f"{layout} {kernel} {name}")
 
 
 def test_eager_attention_takes_the_additive_mask(pairs):
@@ -123,10 +126,79 @@ def test_mask_by_hand():
         [1, 1, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],
     ]
-    assert shared_prefix_mask(tree, branch, position)[0, 0].int().tolist() == expected
+
+    def mask(window=None):
+        return dense_mask(shared_prefix_rule(tree, branch, position, window), 1, 6, tree.device)[0, 0].int().tolist()
+
+    assert mask() == expected
     expected[2][0] = expected[3][0] = 0  # position 2 - position 0 = 2 is outside a window of 2
     expected[4][0] = expected[4][1] = 0
-    assert shared_prefix_mask(tree, branch, position, window=2)[0, 0].int().tolist() == expected
+    assert mask(window=2) == expected
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CAUSAL if kind != "gpt2"])  # transformers' GPT-2 has no flex kernel
+def test_flex_attention_sees_what_the_dense_mask_shows(kind, pairs, monkeypatch):
+    """Forward only: the kernel has no backward pass on a CPU. Its reference implementation, not the compiled one."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as kernel
+
+    monkeypatch.setattr(kernel, "WrappedFlexAttention", lambda training: lambda: flex_attention)
+    model = RewardModel(tiny_classifier(kind))
+    for rows in ROWS.values():
+        batch = collate(pairs, MicroBatch(rows), "shared_prefix", PAD)
+        expected = score_batch(model, batch)
+        dense = attention_mask(model.config, batch, torch.float32)
+        model.bare.set_attn_implementation("flex_attention")
+        blocks = attention_mask(model.config, batch, torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(score_batch(model, batch), expected, atol=1e-5, rtol=1e-5)
+        model.bare.set_attn_implementation("sdpa")
+        for one, other in zip(*(m.values() if isinstance(m, dict) else [m] for m in (dense, blocks)), strict=True):
+            length = one.shape[-1]
+            shown = torch.stack(
+                [
+                    other.mask_mod(torch.tensor(r), None, torch.arange(length)[:, None], torch.arange(length))
+                    for r in range(len(one))
+                ]
+            )
+            assert torch.equal(shown, one[:, 0])
+
+
+def test_attention_tree_by_tree_is_float32_and_falls_back(pairs, monkeypatch):
+    """Under autocast the kernel gets float32; a model that hands no trees on is run with the dense mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    model = RewardModel(tiny_classifier("llama"))
+    model.bare.set_attn_implementation(SDPA_BY_TREE)
+    seen = []
+
+    def spy(module, query, key, value, mask, **options):
+        seen.append((query.dtype, query.shape[2], mask.shape[2:]))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr("rm.attention.sdpa_attention_forward", spy)
+    batch = collate(pairs, MicroBatch([[0, 1]]), "shared_prefix", PAD)
+    with torch.autocast("cpu", torch.bfloat16):
+        score_batch(model, batch)
+    assert seen == [(torch.float32, n, (n, n)) for n in batch.tree_lengths] * 2  # two layers
+    forward = type(model.bare.model).forward
+    monkeypatch.setattr(type(model.bare.model), "forward", lambda self, tree_lengths=None, **k: forward(self, **k))
+    layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, torch.device("cpu"))
+    assert layout == "shared_prefix" and model.config._attn_implementation == "sdpa", reason
+
+
+def test_flex_attention_block_size_between_trees():
+    """Four pairs of 256 tokens in one row: only blocks on the diagonal and below it, in a pair, are computed."""
+    rng = np.random.default_rng(0)
+    trees = [Tree(rng.integers(3, 64, 128), [rng.integers(3, 64, 64), rng.integers(3, 64, 64)]) for _ in range(4)]
+    empty = torch.zeros(0)
+    batch = Batch(**collate_trees([trees], "shared_prefix", PAD), margin_B=empty, weight_B=empty, index_B=empty)
+    config = tiny_classifier("llama").config
+    config._attn_implementation = "flex_attention"
+    blocks = attention_mask(config, batch, torch.float32)
+    assert blocks.to_dense()[0, 0].int().tolist() == [
+        [int(i // 2 == j // 2 and j <= i) for j in range(8)] for i in range(8)
+    ]
 
 
 def test_a_wrong_mask_is_noticed(pairs, monkeypatch):
@@ -136,8 +208,8 @@ def test_a_wrong_mask_is_noticed(pairs, monkeypatch):
     layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, device)
     assert layout == "shared_prefix" and "proved" in reason
     monkeypatch.setattr(
-        "rm.forward.shared_prefix_mask",
-        lambda t, b, p, window=None: torch.ones(*t.shape, t.shape[1], dtype=torch.bool).tril()[:, None],
+        "rm.attention.shared_prefix_rule",
+        lambda tree, branch, position, window=None: lambda row, head, query, key: (key <= query) & (row >= 0),
     )
     layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, device)
     assert layout == "concatenated" and "differ by" in reason
@@ -152,4 +224,4 @@ def test_auto_falls_back_with_the_reason(pairs):
     llama = RewardModel(tiny_classifier("llama"))
     llama.config._attn_implementation = "flash_attention_2"
     layout, reason = resolve_layout("auto", llama, pairs, [0], PAD, device)
-    assert layout == "concatenated" and "takes no dense mask" in reason
+    assert layout == "concatenated" and "takes no mask for each query" in reason

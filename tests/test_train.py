@@ -1,7 +1,6 @@
 """Whole runs of the program on a tiny model: files, exit codes, and numbers that do not depend on how work was cut."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,64 +11,10 @@ import numpy as np
 import pytest
 import torch
 import wandb_files
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT
+from runs import ROOT, SMALL, assert_same_run, lines, program, reset_accelerate, weights
 from safetensors.torch import load_file
 
 import train_rm
-
-SMALL = [
-    "--max_train_samples=80",
-    "--max_eval_samples=30",
-    "--train_batch_size=16",
-    "--max_steps=4",
-    "--num_train_epochs=1",
-    "--logging_steps=1",
-    "--eval_steps=0",
-    "--micro_batch_tokens=1024",
-    "--model_name_or_path=" + str(ROOT / "configs" / "tiny_llama"),
-]
-
-
-def reset_accelerate():
-    """Accelerate keeps its state in singletons; a second run in one process starts afresh."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch, capsys):
-    """train(name, *options) → (summary, output folder) of a run in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name: str, *options: str):
-        reset_accelerate()
-        folder = tmp_path / name
-        summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={folder}", *options])
-        assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == summary
-        return summary, folder
-
-    return run
-
-
-def lines(folder, key="train/loss"):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row[key] for row in rows if key in row]
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_run(one, other, loss=1e-6, weight=1e-5):
-    np.testing.assert_allclose(lines(one), lines(other), atol=loss)
-    # AdamW and clipping hide a wrong scale of the gradient; its norm does not
-    np.testing.assert_allclose(lines(one, "optim/grad_norm"), lines(other, "optim/grad_norm"), rtol=1e-4)
-    assert lines(one, "optim/learning_rate") == lines(other, "optim/learning_rate")
-    np.testing.assert_allclose(lines(one, "eval/loss"), lines(other, "eval/loss"), atol=1e-5)
-    a, b = weights(one), weights(other)
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=weight, rtol=0, msg=name)
 
 
 def test_a_run_leaves_everything_it_promises(train):
@@ -152,6 +97,14 @@ def test_bf16_autocast_and_gradient_checkpointing(train):
     assert lines(half) != lines(plain)
 
 
+def test_compiled_layers_train_as_the_others(train):
+    _, plain = train("plain", "--max_steps=2")
+    torch._dynamo.reset()
+    _, compiled = train("compiled", "--max_steps=2", "--torch_compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert_same_run(plain, compiled, loss=1e-5, weight=1e-4)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_resumed_run_ends_with_the_same_bits(train, tiny_model_folder, lora):
     """Weights, optimizer and step are the whole state: stopping after step 3 (mid-epoch 1) changes nothing."""
@@ -187,12 +140,6 @@ def test_centering_and_margin_act(train):
     _, centred = train("centred", "--center_rewards_coefficient=1")
     _, margin = train("margin", "--margin_from_scores=true")
     assert lines(centred)[0] > lines(plain)[0] != lines(margin)[0]
-
-
-def program(*options: str, launcher=(sys.executable,), cwd=None):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, str(ROOT / "train_rm.py"), "dataset_name=toy", *SMALL, *options]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=300)
 
 
 def test_two_processes_train_as_one(train, tmp_path):

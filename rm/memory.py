@@ -1,0 +1,95 @@
+"""Running out of memory: notice it, let all processes agree, go on with smaller micro-batches. And the peak of it."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
+
+from rm.batching import StepPlan
+from rm.metrics import Meter
+
+logger = logging.getLogger(__name__)
+
+
+class BatchSizeFinder:
+    """`auto_find_batch_size`: a step that runs out of memory is repeated in micro-batches of half the tokens.
+
+    `plan` and `meter` are those of the loop. Several processes decide together: gradients are then summed when the step
+    is done (`sync_after`), since a process that runs out during the backward pass would leave the others waiting there.
+    """
+
+    def __init__(self, accelerator: Accelerator, plan: StepPlan, meter: Meter, optimizer, enabled: bool):
+        self.accelerator, self.plan, self.meter, self.optimizer = accelerator, plan, meter, optimizer
+        self.enabled, self.ran_out = enabled, False
+        self.sync_after = enabled and accelerator.num_processes > 1
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Swallow an out-of-memory error of the block and remember it; anything else passes."""
+        self.ran_out, before = False, self.meter.sums.clone()
+        try:
+            yield
+        except RuntimeError as error:
+            if not (self.enabled and should_reduce_batch_size(error)):
+                raise
+            self.ran_out = True
+        if self.enabled:
+            self.ran_out = any_process(self.accelerator, self.ran_out)
+        if self.ran_out:
+            self.meter.sums = before
+
+    def must_repeat(self, step: int) -> bool:
+        """Whether any process ran out in the last attempt; if so, halve the micro-batches and free the memory.
+
+        Raises MemoryError if the longest pair of the step runs alone already.
+        """
+        if not self.ran_out:
+            return False
+        self.optimizer.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        if not self.plan.halve_micro_batches(step):
+            raise MemoryError(f"out of memory in step {step + 1} with its longest pair alone: lower max_length")
+        tokens = self.plan.micro_batch_tokens
+        logger.warning(f"out of memory: step {step + 1} is repeated with micro_batch_tokens={tokens}")
+        return True
+
+
+def can_repeat_steps(distributed_type: DistributedType) -> bool:
+    """Whether a process may run out of memory alone; FSDP and DeepSpeed communicate in every layer, and would hang."""
+    return distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def average_gradients(model: nn.Module, num_processes: int) -> None:
+    """Replace all gradients by their mean over processes, which DDP does during the backward pass. Collective."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for work in [dist.all_reduce(p.grad, async_op=True) for p in trained]:
+        work.wait()
+    for p in trained:
+        p.grad /= num_processes
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is true on any process. Collective."""
+    if accelerator.num_processes == 1:
+        return flag
+    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory of this process so far, in 10^9 bytes: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

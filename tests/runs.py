@@ -1,0 +1,58 @@
+"""Whole runs of the program on a tiny model, for the tests that need one: start them, read what they left, compare."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = [
+    "--max_train_samples=80",
+    "--max_eval_samples=30",
+    "--train_batch_size=16",
+    "--max_steps=4",
+    "--num_train_epochs=1",
+    "--logging_steps=1",
+    "--eval_steps=0",
+    "--micro_batch_tokens=1024",
+    "--model_name_or_path=" + str(ROOT / "configs" / "tiny_llama"),
+]
+
+
+def reset_accelerate():
+    """Accelerate keeps its state in singletons; a second run in one process starts afresh."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def lines(folder, key="train/loss"):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(one, other, loss=1e-6, weight=1e-5):
+    np.testing.assert_allclose(lines(one), lines(other), atol=loss)
+    # AdamW and clipping hide a wrong scale of the gradient; its norm does not
+    np.testing.assert_allclose(lines(one, "optim/grad_norm"), lines(other, "optim/grad_norm"), rtol=1e-4)
+    assert lines(one, "optim/learning_rate") == lines(other, "optim/learning_rate")
+    np.testing.assert_allclose(lines(one, "eval/loss"), lines(other, "eval/loss"), atol=1e-5)
+    a, b = weights(one), weights(other)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=weight, rtol=0, msg=name)
+
+
+def program(*options: str, launcher=(sys.executable,), cwd=None, script=ROOT / "train_rm.py"):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(script), "dataset_name=toy", *SMALL, *options]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=300)
