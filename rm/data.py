@@ -13,12 +13,15 @@ Optional columns: margin, or score_chosen and score_rejected (`margin_from_score
 conversations also tools and chat_template_kwargs. A wrong row raises `DataError`; unusable ones are counted.
 """
 
+import contextlib
 import dataclasses
+import gc
 import glob
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,9 @@ import transformers
 from datasets import Dataset, Features, LargeList, List, Value
 
 from rm.audit import DROPPED, KEPT, audit_counts, audit_table, count_in_train, data_report, fingerprint
-from rm.encode import SIDES, Recipe, RowError, describe, encode_batch, without_none
+from rm.encode import encode_batch
 from rm.load import DataError, Source, check_late_rows, load_raw, progress_bars
+from rm.render import SIDES, Recipe, RowError, describe, without_none
 from rm.shared_start import can_share_prefix
 
 __all__ = ["DataError", "Pairs", "audit_table", "data_report", "load_pairs", "load_raw", "tokenize_pairs"]
@@ -282,14 +286,14 @@ def _cached_map(source: Source, tokenizer: Any, recipe: Recipe, num_proc: int) -
     dataset, key = source.dataset, _cache_key(source, tokenizer, recipe)
     folder = Path(datasets.config.HF_DATASETS_CACHE, "reward_pairs")  # not beside the data: they may be read-only
     folder.mkdir(parents=True, exist_ok=True)
-    columns = {*recipe.columns.values(), *recipe.numbers, "id", "subset", "tools", "chat_template_kwargs"}
+    columns = {*recipe.read, *recipe.numbers, "id", "subset"}
     if not glob.glob(f"{folder / key}*.arrow"):
         check_late_rows(source, columns)
     dataset = dataset.select_columns([column for column in dataset.column_names if column in columns])
     num_proc = min(num_proc, len(dataset))
     features = _features(source)
     try:
-        with progress_bars(len(dataset) > 20_000):
+        with progress_bars(len(dataset) > 20_000), _no_collector():
             table = dataset.with_format("arrow" if recipe.format == "tokenized" else None).map(
                 encode_batch,
                 with_indices=True,
@@ -307,6 +311,18 @@ def _cached_map(source: Source, tokenizer: Any, recipe: Recipe, num_proc: int) -
         row = next(row for row in range(len(dataset)) if not _is_readable(dataset, row))
         raise DataError(f"{source.row_name(row)}: {error}; write the file in UTF-8") from None
     return table.with_format(None)
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's cycle collector, which would walk over all modules and each batch's lists again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _is_readable(dataset: Dataset, row: int) -> bool:

@@ -108,3 +108,24 @@ def test_total_steps_are_counted_once():
     assert plan.total_steps(3) == 21
     assert plan.total_steps(0.5) == 4
     assert plan.total_steps(3, max_steps=5) == 5
+
+
+def test_kernels_that_skip_blocks_get_one_long_row():
+    """FlexAttention (blocks of 128) and attention tree by tree (1): a micro-batch is one row of almost the budget."""
+    indices, costs = np.arange(103), lengths().cost("shared_prefix")
+    for block in (1, 128):
+        (plan,) = plan_micro_batches(indices, costs, "shared_prefix", 2048, block_size=block)
+        assert all(len(micro_batch.rows) == 1 and micro_batch.pad_to_multiple_of == block for micro_batch in plan)
+        widths = [costs[micro_batch.rows[0]].sum() for micro_batch in plan]
+        assert max(widths) <= 2048 and min(widths) > 1500 and sum(widths) == costs.sum()
+    (dense,) = plan_micro_batches(indices, costs, "shared_prefix", 2048)
+    assert max(costs[row].sum() for micro_batch in dense for row in micro_batch.rows) <= max(256, costs.max())
+
+
+def test_micro_batches_are_halved_until_the_longest_pair_runs_alone():
+    plan = make_plan(micro_batch_tokens=4096)
+    longest = plan.costs[plan.indices(2)].max()
+    budgets = []
+    while plan.halve_micro_batches(2):
+        budgets.append(plan.micro_batch_tokens)
+    assert budgets[:2] == [2048, 1024] and budgets[-1] <= longest < 2 * budgets[-1] + 2

@@ -1,4 +1,4 @@
-"""rm/data.py, rm/load.py, rm/encode.py, rm/audit.py: every format, every count and every error, on literal data."""
+"""rm/data.py and what it stands on (load, render, encode, audit): every format, count and error, on literal data."""
 
 import csv
 import gzip

@@ -187,7 +187,19 @@ def test_attention_tree_by_tree_is_float32_and_falls_back(pairs, monkeypatch):
     assert layout == "shared_prefix" and model.config._attn_implementation == "sdpa", reason
 
 
-def test_flex_attention_block_size_between_trees():
+def test_padding_to_whole_blocks_is_a_piece_of_its_own(pairs):
+    """A row of 30 tokens or so, padded to 64: the rewards stay, and the padding is the last piece of `tree_lengths`."""
+    model = RewardModel(tiny_classifier("llama"))
+    model.bare.set_attn_implementation(SDPA_BY_TREE)
+    exact = collate(pairs, MicroBatch([[1, 2, 3]]), "shared_prefix", PAD)
+    padded = collate(pairs, MicroBatch([[1, 2, 3]], pad_to_multiple_of=64), "shared_prefix", PAD)
+    width = exact.input_ids_RL.shape[1]
+    assert padded.input_ids_RL.shape == (1, 64 * -(-width // 64)) and sum(exact.tree_lengths) == width
+    assert padded.tree_lengths == [*exact.tree_lengths, padded.input_ids_RL.shape[1] - width]
+    torch.testing.assert_close(score_batch(model, padded), score_batch(model, exact), atol=1e-6, rtol=1e-6)
+
+
+def test_flex_attention_skips_blocks_between_trees():
     """Four pairs of 256 tokens in one row: only blocks on the diagonal and below it, in a pair, are computed."""
     rng = np.random.default_rng(0)
     trees = [Tree(rng.integers(3, 64, 128), [rng.integers(3, 64, 64), rng.integers(3, 64, 64)]) for _ in range(4)]

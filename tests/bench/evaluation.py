@@ -104,7 +104,7 @@ def run_pipeline(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
 
     classify.preprocess = counting_preprocess
     for chunk in chunks["trees"]:
-        texts = [tokenizer.decode([*tree["prompt"], *answer]) for tree in chunk for answer in tree["answers"]]
+        texts = [text for tree in chunk for text in tree["texts"]]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         turn.wait()
         scores = [out["score"] for out in classify([texts[i] for i in order], batch_size=8)]
@@ -150,8 +150,12 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     pairs = [{"chosen_ids": row["input_ids_chosen"], "rejected_ids": row["input_ids_rejected"]} for row in rows]
     trees = []
     for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
-        own = [answers[(2 * i + k) % len(answers)] for k in range(args.candidates)]
-        trees.append({"prompt": row["input_ids_chosen"][:cut], "answers": own})
+        prompt, own = row["input_ids_chosen"][:cut], [(2 * i + k) % len(answers) for k in range(args.candidates)]
+        texts = [tokenizer.decode(prompt + answers[k]) for k in own]
+        ids = tokenizer(texts)["input_ids"]  # the tokens that the pipeline will see
+        shared = min(map(len, ids)) - 1
+        shared = next((n for n in range(shared) if len({side[n] for side in ids}) > 1), shared)
+        trees.append({"texts": texts, "prompt": ids[0][:shared], "answers": [side[shared:] for side in ids]})
     starts, few = range(0, len(rows), args.chunk), max(1, args.chunk * 2 // args.candidates)
     chunks = {"pairs": [pairs[i : i + args.chunk] for i in starts], "trees": [trees[i : i + few] for i in starts]}
     args.model, args.chunks = str(folder / "model"), str(folder / "chunks.json")

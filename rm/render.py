@@ -1,0 +1,182 @@
+"""Raw rows to the texts that are tokenized: check every value, render conversations with the chat template.
+
+It runs in the workers of a `datasets` map, so a wrong row raises `RowError`, which survives the way back.
+"""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+
+from rm.load import one_line
+
+SIDES = ("chosen", "rejected")
+TEMPLATE_ERRORS = (jinja2.TemplateError, AttributeError, KeyError, TypeError, ValueError)
+
+
+class RowError(Exception):
+    """A wrong row: its number in the data set that is mapped, and what is wrong with it."""
+
+    def __init__(self, row: int, problem: str):
+        super().__init__(row, problem)  # both as args, or unpickling fails and the main process waits for ever
+        self.row, self.problem = row, problem
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides, besides the row and the tokenizer, what a row's tokens are: the cache key is made of it."""
+
+    format: str
+    columns: dict[str, str]  # what it is -> the column that holds it
+    numbers: tuple[str, ...]  # numeric columns
+    add_eos: bool
+    max_length: int | None
+    overlength: str
+    chat_template_kwargs: dict[str, Any]
+    vocab_size: int
+    share_prefix: bool  # `can_share_prefix(tokenizer)`
+
+    @property
+    def read(self) -> set[str]:
+        """The columns that rendering looks at."""
+        return {*self.columns.values(), "tools", "chat_template_kwargs"}
+
+
+# ---------------------------------------------------------------- checked columns
+
+
+def column_values(batch, column: str) -> list:
+    values = batch[column]
+    return values.to_pylist() if isinstance(values, pa.ChunkedArray) else values
+
+
+def describe(value: Any) -> str:
+    """What a person would call the type of a JSON value."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "a number"
+    names = {type(None): "missing (null)", str: "text", list: "a list", dict: "an object", bool: "true or false"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def expect(values: list, kinds: tuple[type, ...], column: str, rows: list[int], expected: str) -> list:
+    """`values`; raises `RowError` for the first that is not of one of the types."""
+    for row, value in zip(rows, values, strict=True):
+        if type(value) not in kinds:
+            raise RowError(row, f"{column!r} is {describe(value)}, expected {expected}")
+    return values
+
+
+def numbers(batch, column: str, rows: list[int]) -> np.ndarray:
+    values = np.array(expect(column_values(batch, column), (int, float), column, rows, "a number"), dtype=np.float64)
+    if not (good := np.abs(values) <= np.finfo(np.float32).max).all():
+        bad = int(good.argmin())
+        raise RowError(rows[bad], f"{column!r} is {values[bad]}, expected a finite number")
+    return values
+
+
+def labels(batch, column: str, rows: list[int]) -> list[str]:
+    return [str(value) for value in expect(column_values(batch, column), (str, int), column, rows, "text or a number")]
+
+
+# ---------------------------------------------------------------- rows to texts
+
+
+def render(batch, rows: list[int], tokenizer, recipe: Recipe) -> tuple[list[list[str]], list[bool]]:
+    """The texts of both sides, prompt included, and for each pair whether an answer is blank. Raises `RowError`."""
+    if recipe.format.startswith("text"):
+        return _texts(batch, rows, recipe)
+    return _rendered(batch, rows, tokenizer, recipe)
+
+
+def _texts(batch, rows: list[int], recipe: Recipe) -> tuple[list[list[str]], list[bool]]:
+    """The texts of both sides, prompt included, and for each pair whether an answer is blank."""
+    expected = "text, as in the other rows"
+    parts = {name: expect(column_values(batch, name), (str,), name, rows, expected) for name in recipe.columns}
+    texts = [parts[side] for side in SIDES]
+    blank = [not chosen.strip() or not rejected.strip() for chosen, rejected in zip(*texts, strict=True)]
+    if "prompt" in parts:
+        texts = [[prompt + answer for prompt, answer in zip(parts["prompt"], side, strict=True)] for side in texts]
+    return texts, blank
+
+
+def _rendered(batch, rows: list[int], tokenizer, recipe: Recipe) -> tuple[list[list[str]], list[bool]]:
+    """The conversations of both sides as the chat template renders them, and whether an answer is blank."""
+    parts = {name: column_values(batch, name) for name in recipe.columns}
+    names = parts if recipe.format == "conversation_explicit_prompt" else SIDES
+    for name in names:
+        _check_messages(parts[name], name, rows)
+        parts[name] = [without_none(messages) for messages in parts[name]]
+    conversations = [parts[side] for side in SIDES]
+    blank = [_is_blank(chosen[-1]) or _is_blank(rejected[-1]) for chosen, rejected in zip(*conversations, strict=True)]
+    if "prompt" in names:
+        conversations = [[a + b for a, b in zip(parts["prompt"], side, strict=True)] for side in conversations]
+    elif "prompt" in parts:
+        _check_redundant_prompt(parts, rows)
+    variables = _template_variables(batch, rows, recipe)
+    return [_render(side, variables, rows, tokenizer) for side in conversations], blank
+
+
+def _check_messages(column: list, name: str, rows: list[int]) -> None:
+    """Raise `RowError` unless every value is a list of one message or more, each with a role and a content."""
+    expect(column, (list,), name, rows, "a list of messages, as in the other rows")
+    for row, messages in zip(rows, column, strict=True):
+        if not messages:
+            raise RowError(row, f"{name!r} is an empty list, expected one message or more")
+        for i, message in enumerate(messages):
+            if type(message) is not dict:
+                raise RowError(row, f"{name}[{i}] is {describe(message)}, expected a message with role and content")
+            if type(message.get("role")) is not str:
+                raise RowError(row, f"{name}[{i}]['role'] is {describe(message.get('role'))}, expected text")
+            content = message.get("content")
+            if type(content) not in (str, list) and (content is not None or not message.get("tool_calls")):
+                raise RowError(row, f"{name}[{i}]['content'] is {describe(content)}, expected text")
+
+
+def _check_redundant_prompt(parts: dict[str, list], rows: list[int]) -> None:
+    """A prompt of text beside whole conversations (UltraFeedback) is ignored, but only where they do contain it."""
+    expect(parts["prompt"], (str,), "prompt", rows, "text, as in the other rows")
+    for row, prompt, *sides in zip(rows, parts["prompt"], parts["chosen"], parts["rejected"], strict=True):
+        if not all(any(message.get("content") == prompt for message in messages[:-1]) for messages in sides):
+            fix = 'give it as [{"role": "user", "content": ...}]'
+            raise RowError(row, f"'prompt' is text, but not a message of 'chosen' and 'rejected'; {fix}")
+
+
+def _is_blank(message: dict) -> bool:
+    content = message.get("content") or ""
+    return not (content.strip() if isinstance(content, str) else content) and not message.get("tool_calls")
+
+
+def without_none(value: Any) -> Any:
+    """Without the keys that are None: `datasets` adds the keys of other rows so, and a template would print them."""
+    if type(value) is dict:
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if type(value) is list else value
+
+
+def _template_variables(batch, rows: list[int], recipe: Recipe) -> list[dict]:
+    """For each row the keyword arguments of its rendering: its tools, the run's variables, and the row's own."""
+    columns = []
+    for name, kind, expected in (("tools", list, "a list"), ("chat_template_kwargs", dict, "an object")):
+        values = column_values(batch, name) if name in batch else [None] * len(rows)
+        with contextlib.suppress(ValueError):  # not JSON: then text is what `_expect` complains about
+            values = [json.loads(value) if isinstance(value, str) else value for value in values]
+        values = [kind() if value is None else without_none(value) for value in values]
+        columns.append(expect(values, (kind,), name, rows, expected))
+    return [{"tools": tools or None, **recipe.chat_template_kwargs, **own} for tools, own in zip(*columns, strict=True)]
+
+
+def _render(conversations: list, variables: list[dict], rows: list[int], tokenizer) -> list[str]:
+    if all(kwargs == variables[0] for kwargs in variables):  # all in one call
+        with contextlib.suppress(*TEMPLATE_ERRORS):  # they come again below, and there the row is known
+            return tokenizer.apply_chat_template(conversations, tokenize=False, **variables[0])
+    texts = []
+    for row, conversation, kwargs in zip(rows, conversations, variables, strict=True):
+        try:
+            texts.append(tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs))
+        except TEMPLATE_ERRORS as error:
+            raise RowError(row, f"the chat template refuses the messages: {one_line(error)}") from error
+    return texts
