@@ -178,6 +178,11 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "nan" / "model.safetensors").exists()
     number, message = code("--layout=shared_prefix", "--attn_implementation=flash_attention_2", "--output_dir=flash")
     assert number == 2
+    number, message = code("--attn_implementation=flex_attention", "--output_dir=flex")
+    assert number == 2 and "has no backward pass on a CPU" in message
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    number, message = code("--torch_compile", "--output_dir=compile")
+    assert number == 2 and "torch_compile needs a C++ compiler" in message
 
 
 def test_sigterm_writes_a_checkpoint_and_ends_with_143(tmp_path):
