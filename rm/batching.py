@@ -50,6 +50,11 @@ class PairLengths:
             return self.chosen + self.rejected - self.prefix
         return 2 * np.maximum(self.chosen, self.rejected)
 
+    def short_ones(self, count: int = 4) -> list[int]:
+        """Indices of `count` pairs, or all, from the tenth percentile of lengths on: for a check that must be quick."""
+        order = np.argsort(self.cost("shared_prefix"), kind="stable")
+        return order[min(len(order) // 10, max(len(order) - count, 0)) :][:count].tolist()
+
 
 @lru_cache(maxsize=2)  # a step may look at two epochs
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:

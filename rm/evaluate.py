@@ -142,10 +142,10 @@ def main(argv: list[str]) -> dict[str, float]:
         config.layout,
         model,
         tokens,
-        range(min(4, len(tokens))),
+        pair_lengths(pairs.dataset).short_ones(),
         tokenizer.pad_token_id,
         accelerator.device,
-        tolerance=1e-4 if accelerator.mixed_precision == "no" else 5e-2,
+        tolerance=1e-4 if accelerator.mixed_precision == "no" else 7e-2,
     )
     rewards = evaluate_rewards(
         model,

@@ -30,6 +30,13 @@ def test_costs_by_hand():
     assert one.cost("concatenated").tolist() == [2 * 10]
 
 
+def test_short_pairs_for_a_check():
+    prefix = np.arange(100)[::-1]
+    assert PairLengths(prefix + 1, prefix + 1, prefix).short_ones() == [89, 88, 87, 86]
+    three = np.array([5, 9, 7])
+    assert PairLengths(three, three, three - 1).short_ones() == [0, 2, 1]
+
+
 def test_deal_and_pack_by_hand():
     assert deal([5, 4, 3, 3, 1], 2) == [[0, 3], [1, 2, 4]]
     assert sorted(map(sorted, pack_rows([60, 50, 40, 30, 20], 100))) == [[0], [1, 4], [2, 3]]

@@ -95,6 +95,9 @@ def test_bf16_autocast_and_gradient_checkpointing(train):
     _, half = train("half", "--mixed_precision=bf16", "--gradient_checkpointing")
     np.testing.assert_allclose(lines(half), lines(plain), atol=0.05)
     assert lines(half) != lines(plain)
+    layout = json.loads((half / "results.json").read_text())["layout"]
+    assert layout.startswith("shared_prefix")
+    assert float(layout.rstrip(")").split()[-1]) < 1e-5  # proved without autocast, whose rounding is larger
 
 
 def test_compiled_layers_train_as_the_others(train):

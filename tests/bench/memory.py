@@ -67,7 +67,7 @@ def main() -> None:
             shares = ", ".join(f"{size / 1e9 / n:.1f} on {n}" for n in (1, 8, 64))
             print(f"    {label}: GB a GPU: {shares}")
         for lora in (False, True):
-            layer = (saved_bytes(shape, 2, lora) - saved_bytes(shape, 1, lora)) / TOKENS
+            layer = (saved_bytes(shape, 1, lora) - saved_bytes(shape, 0, False)) / TOKENS
             whole, kept = layer * layers, 4 * hidden * layers + layer
             print(
                 f"    activations{', LoRA' if lora else ''}: {layer / 1e3:.0f} kB a token and layer; "

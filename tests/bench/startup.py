@@ -34,7 +34,8 @@ def run_ours(turn: Turn, args: argparse.Namespace) -> None:
 
     StepPlan.step = waiting_step
     given = dict(model_name_or_path=args.model, dataset_name=args.data, output_dir=args.output_dir)
-    given |= dict(overwrite_output_dir=True, max_steps=100, train_batch_size=args.batch, max_train_samples=args.pairs)
+    given |= dict(overwrite_output_dir=True, max_steps=args.steps + 2)
+    given |= dict(train_batch_size=args.batch, max_train_samples=args.pairs)
     given |= dict(max_eval_samples=200) if args.data == "toy" else dict(eval_fraction=0.05)
     train_rm.main([f"{key}={value}" for key, value in given.items()])
 
@@ -48,8 +49,9 @@ def run_trl(turn: Turn, args: argparse.Namespace) -> None:
         def on_step_begin(self, *_, **__):
             turn.wait()
 
-    options = dict(output_dir=args.output_dir, max_steps=100, report_to="none", save_strategy="no", use_cpu=True)
-    config = RewardConfig(per_device_train_batch_size=8, gradient_accumulation_steps=args.batch // 8, **options)
+    options = dict(output_dir=args.output_dir, report_to="none", save_strategy="no", use_cpu=True)
+    options |= dict(per_device_train_batch_size=8, gradient_accumulation_steps=args.batch // 8)
+    config = RewardConfig(max_steps=args.steps + 2, **options)
     data = load_dataset("json", data_files=args.data, split="train")
     data = data.select(range(args.pairs)) if args.pairs else data
     RewardTrainer(model=args.model, args=config, train_dataset=data, callbacks=[Waiting()]).train()
