@@ -20,7 +20,6 @@ import glob
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,17 @@ from datasets import Dataset, Features, LargeList, List, Value
 from rm.audit import DROPPED, KEPT, audit_counts, audit_table, count_in_train, data_report, fingerprint
 from rm.encode import encode_batch
 from rm.load import DataError, Source, check_late_rows, load_raw, progress_bars
-from rm.render import SIDES, Recipe, RowError, describe, without_none
+from rm.render import (
+    SIDES,
+    Recipe,
+    RowError,
+    answer,
+    describe,
+    shared_messages,
+    shared_text,
+    transcript,
+    without_none,
+)
 from rm.shared_start import can_share_prefix
 
 __all__ = ["DataError", "Pairs", "audit_table", "data_report", "load_pairs", "load_raw", "tokenize_pairs"]
@@ -79,11 +88,11 @@ class Pairs:
         raw = self.raw[row["row"]]
         prompt, chosen, rejected = (without_none(raw.get(name)) for name in ("prompt", *SIDES))
         if self.format.endswith("implicit_prompt"):
-            shared = _shared_text if self.format.startswith("text") else _shared_messages
+            shared = shared_text if self.format.startswith("text") else shared_messages
             n = shared(chosen, rejected)
             prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
         if self.format.startswith("conversation"):
-            prompt, chosen, rejected = _transcript(prompt), _answer(chosen), _answer(rejected)
+            prompt, chosen, rejected = transcript(prompt), answer(chosen), answer(rejected)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -353,36 +362,3 @@ def _features(source: Source) -> Features:
     features |= {"status": Value("int8"), "truncated": Value("bool")}
     optional = {"subset": Value("string"), "true_margin": Value("float64")}
     return Features(features | {name: kind for name, kind in optional.items() if name in source.dataset.features})
-
-
-# ---------------------------------------------------------------- for a person to read
-
-
-def _shared_text(chosen: str, rejected: str) -> int:
-    """Where the start that two texts share ends: after hh-rlhf's last turn marker in it, or else at white space."""
-    shared, marker = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
-    if marker in shared:
-        return shared.rindex(marker) + len(marker)
-    return next((i + 1 for i in reversed(range(len(shared))) if shared[i].isspace()), 0)
-
-
-def _shared_messages(chosen: list[dict], rejected: list[dict]) -> int:
-    """Number of equal leading messages, leaving each side its last one."""
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
-
-
-def _content(message: dict) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, list):  # the parts of a multi-modal message
-        content = "\n".join(str(part.get("text", part)) if isinstance(part, dict) else str(part) for part in content)
-    calls = [json.dumps(call, ensure_ascii=False) for call in without_none(message.get("tool_calls") or [])]
-    return "\n".join([content, *calls]) if content else "\n".join(calls)
-
-
-def _transcript(messages: list[dict]) -> str:
-    return "\n".join(f"{message['role']}: {_content(message)}" for message in messages)
-
-
-def _answer(messages: list[dict]) -> str:
-    return _content(messages[0]) if len(messages) == 1 else _transcript(messages)

@@ -5,6 +5,7 @@ It runs in the workers of a `datasets` map, so a wrong row raises `RowError`, wh
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,3 +181,36 @@ def _render(conversations: list, variables: list[dict], rows: list[int], tokeniz
         except TEMPLATE_ERRORS as error:
             raise RowError(row, f"the chat template refuses the messages: {one_line(error)}") from error
     return texts
+
+
+# ---------------------------------------------------------------- for a person to read
+
+
+def shared_text(chosen: str, rejected: str) -> int:
+    """Where the start that two texts share ends: after hh-rlhf's last turn marker in it, or else at white space."""
+    shared, marker = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
+    if marker in shared:
+        return shared.rindex(marker) + len(marker)
+    return next((i + 1 for i in reversed(range(len(shared))) if shared[i].isspace()), 0)
+
+
+def shared_messages(chosen: list[dict], rejected: list[dict]) -> int:
+    """Number of equal leading messages, leaving each side its last one."""
+    limit = min(len(chosen), len(rejected)) - 1
+    return next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+
+
+def _content(message: dict) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, list):  # the parts of a multi-modal message
+        content = "\n".join(str(part.get("text", part)) if isinstance(part, dict) else str(part) for part in content)
+    calls = [json.dumps(call, ensure_ascii=False) for call in without_none(message.get("tool_calls") or [])]
+    return "\n".join([content, *calls]) if content else "\n".join(calls)
+
+
+def transcript(messages: list[dict]) -> str:
+    return "\n".join(f"{message['role']}: {_content(message)}" for message in messages)
+
+
+def answer(messages: list[dict]) -> str:
+    return _content(messages[0]) if len(messages) == 1 else transcript(messages)
