@@ -55,7 +55,9 @@ class BatchSizeFinder:
         """
         if not self.ran_out:
             return False
-        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:  # Accelerate's `zero_grad` does nothing between micro-batches
+            for p in group["params"]:
+                p.grad = None
         clear_device_cache(garbage_collection=True)
         if not self.plan.halve_micro_batches(step):
             raise MemoryError(f"out of memory in step {step + 1} with its longest pair alone: lower max_length")

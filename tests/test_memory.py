@@ -2,10 +2,11 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from runs import SMALL, assert_same_run, program, reset_accelerate
+from runs import SMALL, assert_same_run, lines, program, reset_accelerate
 
 import train_rm
 from rm.memory import BatchSizeFinder, can_repeat_steps
@@ -54,6 +55,27 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_the_same_numbers(train,
         ]
     )
     assert messages
+
+
+def test_pairs_of_the_failed_attempt_are_not_counted_twice(train, monkeypatch):
+    """The third micro-batch of step 2 fails once, when two are in the meter and in the gradients already."""
+    _, whole = train("whole", "--micro_batch_tokens=300")
+    calls, attempt = [], BatchSizeFinder.attempt
+    monkeypatch.setattr(BatchSizeFinder, "attempt", lambda self: (calls.append([]), attempt(self))[1])
+    forward = RewardModel.forward
+
+    def fails_once(self, input_ids, **kwargs):
+        if self.training:
+            calls[-1].append(input_ids.numel())
+            if len(calls) == 2 and len(calls[-1]) == 3:
+                allocate()  # noqa: F821
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(RewardModel, "forward", fails_once)
+    _, repeated = train("repeated", "--micro_batch_tokens=300", "--auto_find_batch_size")
+    assert len(calls) == 5 and len(calls[1]) == 3 < len(calls[2])
+    assert_same_run(whole, repeated)
+    np.testing.assert_allclose(lines(whole, "train/reward_chosen"), lines(repeated, "train/reward_chosen"), atol=1e-6)
 
 
 def test_two_processes_repeat_a_step_together(train, tmp_path):
