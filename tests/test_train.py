@@ -90,7 +90,7 @@ def test_lora_on_a_pretrained_model_with_pad_equal_to_eos(train, tiny_model_fold
     assert (out / "model.safetensors").exists() == (merge == "true")
 
 
-def test_bf16_autocast_and_gradient_checkpointing(train):
+def test_bf16_autocast_and_gradient_checkpointing(train, caplog):
     _, plain = train("plain")
     _, half = train("half", "--mixed_precision=bf16", "--gradient_checkpointing")
     np.testing.assert_allclose(lines(half), lines(plain), atol=0.05)
@@ -98,6 +98,8 @@ def test_bf16_autocast_and_gradient_checkpointing(train):
     layout = json.loads((half / "results.json").read_text())["layout"]
     assert layout.startswith("shared_prefix")
     assert float(layout.rstrip(")").split()[-1]) < 1e-5  # proved without autocast, whose rounding is larger
+    exports = [r.getMessage() for r in caplog.records if "export checked" in r.getMessage()]
+    assert float(exports[-1].split()[-1]) < 1e-5  # and so is what was saved
 
 
 def test_compiled_layers_train_as_the_others(train):
