@@ -7,6 +7,7 @@ python train_rm.py --help                                           # every opti
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -14,15 +15,15 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from tqdm import tqdm
@@ -32,26 +33,31 @@ from transformers import get_scheduler
 from rm.attention import block_size
 from rm.audit import audit_table, data_report
 from rm.batching import StepPlan
-from rm.checkpoint import find_checkpoint, full_state_dict, load_checkpoint, save_checkpoint
+from rm.checkpoint import CheckpointError, full_state_dict, load_checkpoint, read_state, save_checkpoint
 from rm.collate import COLUMNS, collate
-from rm.config import ConfigError, RewardConfig, parse_config
+from rm.command_line import parse_config
+from rm.config import ConfigError, RewardConfig, changed_options
 from rm.data import load_pairs
 from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
 from rm.export import ExportError, save_model, verify_export
+from rm.files import write_text
 from rm.forward import LayoutError, concatenated_forward, resolve_layout, without_autocast
+from rm.launch import StopSignal, is_orphan, on_main_process, processes_asked_for
 from rm.load import DataError
 from rm.loss import pairwise_loss
 from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb
 from rm.metrics import Meter
 from rm.model import ModelError, RewardModel, add_lora, check_positions, compile_layers, load_classifier, load_tokenizer
-from rm.provenance import provenance
+from rm.provenance import model_fingerprint, provenance
+from rm.run_dir import RunDirError, claim_output_dir, find_start, open_output_dir, refuse_other_content
 from rm.tracking import RunLog, prepare_trackers, redact
 from rm.visualize_samples import visualize_samples
 
 logger = logging.getLogger("train_rm")
 
 
-MAX_SKIPPED = 20  # steps in a row that fp16's loss scaler may skip while it looks for its scale
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+SCALER_STEPS = 20  # steps in a row that fp16's loss scaler may skip while it looks for its scale
 
 
 class NonFiniteError(RuntimeError):
@@ -62,30 +68,19 @@ class Stopped(Exception):
     """A signal asked the run to stop; the checkpoint is written."""
 
 
-class StopSignal:
-    """SIGTERM, as schedulers and sweep agents send it, becomes a request to stop after the current step."""
-
-    def __init__(self):
-        self.received = False
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_) -> None:
-        self.received = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-
-
 def make_accelerator(mixed_precision: str | None, max_grad_norm: float) -> Accelerator:
-    """The accelerator; refuses to run fewer processes than the launcher started."""
-    # without `cpu=True`, Accelerate runs every process of a torchrun on CPUs as a training of its own
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
-    if (
-        accelerator.state.deepspeed_plugin is not None
-    ):  # it clips by itself, and wants a batch size that it does not use
+    """The accelerator; refuses to run fewer processes than the launcher was asked for."""
+    try:
+        # without `cpu=True`, Accelerate runs every process of a torchrun on CPUs as a training of its own
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
+    except ValueError as error:  # fp16 without a GPU
+        raise ConfigError(f"mixed_precision={mixed_precision}: {error}") from None
+    if accelerator.state.deepspeed_plugin is not None:  # it clips by itself, and wants a batch size that it ignores
         options = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": max_grad_norm}
         accelerator.state.deepspeed_plugin.deepspeed_config.update(options)
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != started:
-        raise ConfigError(f"{started} processes were started, but {accelerator.num_processes} take part; use torchrun")
+    asked, present = processes_asked_for(), accelerator.num_processes
+    if present < asked:
+        raise ConfigError(f"{asked} processes were asked for, but {present} take part; on CPUs use torchrun")
     return accelerator
 
 
@@ -98,6 +93,21 @@ def sync_on_last(accelerator: Accelerator, model: torch.nn.Module, i: int, count
 def seed_everything(seed: int, step: int, process_index: int) -> None:
     """Make everything random in step `step` a function of (seed, step, process): there is no state to save."""
     set_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1)[0]))
+
+
+def skip_step(meter: Meter, scaler: torch.amp.GradScaler | None) -> None:
+    """Leave a step out: nothing reaches the weights or the means; fp16's loss scaler lowers its scale."""
+    meter.undo_step()
+    if scaler is not None:
+        scaler.update()
+
+
+def is_better(metrics: dict[str, float], best: dict | None, name: str | None, greater_is_better: bool | None) -> bool:
+    """Whether metric `name` of an evaluation beats that of the `best` one so far; NaN never does. No name: False."""
+    if name is None or math.isnan(metrics[name]):
+        return False
+    greater = not name.endswith("loss") if greater_is_better is None else greater_is_better
+    return best is None or (metrics[name] > best["value"] if greater else metrics[name] < best["value"])
 
 
 def make_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.Optimizer:
@@ -124,42 +134,17 @@ def make_scheduler(config: RewardConfig, optimizer, total_steps: int, steps_done
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lr_scheduler_kwargs={config.lr_scheduler_kwargs}: {error}") from None
-    for _ in range(steps_done):
-        scheduler.step()
+    with warnings.catch_warnings(action="ignore"):  # "scheduler.step() before optimizer.step()"
+        for _ in range(steps_done):
+            scheduler.step()
     return scheduler
-
-
-def open_output_dir(config: RewardConfig, accelerator: Accelerator) -> tuple[Path, str]:
-    """The run's folder and name, made by the main process, the same on every process.
-
-    Raises ConfigError if the folder holds a run that is neither to be resumed nor overwritten, or cannot be written.
-    """
-    name, problem = config.run_name, None
-    if name is None:
-        parts = (Path(config.model_name_or_path).name, Path(config.dataset_name).name.split(".")[0])
-        name = "-".join(parts) + time.strftime("-%Y%m%d-%H%M%S")
-        while not config.output_dir and (Path("runs") / name).exists() and accelerator.is_main_process:
-            name += "+"  # another run of the same second
-    folder = Path(config.output_dir or Path("runs") / name)
-    if accelerator.is_main_process:
-        if (folder / "metrics.jsonl").exists() and not (config.overwrite_output_dir or config.resume_from_checkpoint):
-            fix = "choose another, or give overwrite_output_dir=true or resume_from_checkpoint=latest"
-            problem = f"output_dir={folder} already holds a run; {fix}"
-        else:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            except OSError as error:
-                problem = f"output_dir={folder} cannot be written: {error.strerror}"
-    name, folder, problem = broadcast_object_list([name, folder, problem])  # collective: clocks differ
-    if problem:
-        raise ConfigError(problem)
-    return folder, name
 
 
 def main(argv: list[str]) -> dict:
     """Run the program; returns the summary that is also the last line on stdout."""
     started, stop = time.perf_counter(), StopSignal()
+    if is_orphan():
+        raise Stopped("accelerate launch, which started this process, is gone")
 
     # ------------------------------------------------------------------------------ configuration
     config = parse_config(argv)
@@ -174,13 +159,24 @@ def main(argv: list[str]) -> dict:
     if config.attn_implementation == "flex_attention" and accelerator.device.type == "cpu":
         raise ConfigError("attn_implementation=flex_attention: it has no backward pass on a CPU; use sdpa")
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    output_dir, run_name = open_output_dir(config, accelerator)
-    resume_from = None
-    if config.resume_from_checkpoint is not None:
-        try:
-            resume_from = find_checkpoint(config.resume_from_checkpoint, output_dir / "checkpoints")
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    open_dir = partial(
+        open_output_dir,
+        config.output_dir,
+        config.run_name,
+        names=(config.model_name_or_path, config.dataset_name),
+        may_hold_run=bool(config.overwrite_output_dir or config.resume_from_checkpoint),
+    )
+    output_dir, run_name = on_main_process(accelerator, open_dir)  # collective: clocks differ
+    record = redact(config.resolved(accelerator.num_processes, accelerator.mixed_precision))
+    record = json.loads(json.dumps(record, default=str))  # as it will be read back
+    find = partial(find_start, config.resume_from_checkpoint, output_dir, record, changed_options)
+    resume_from, finished = on_main_process(accelerator, find)
+    if finished is not None:
+        logger.info(f"the run in {output_dir} is finished: nothing to do")
+        if accelerator.is_main_process:
+            print(json.dumps(finished), flush=True)
+        accelerator.end_training()
+        return finished
     is_half = accelerator.mixed_precision != "no" or config.dtype != "float32"
     seed_everything(config.seed, 0, accelerator.process_index)
 
@@ -213,7 +209,6 @@ def main(argv: list[str]) -> dict:
     train_set = train_pairs.dataset.with_format("numpy", columns=COLUMNS)
     if accelerator.is_main_process:
         Console().print(audit_table(train_pairs, eval_pairs))
-        (output_dir / "data_report.json").write_text(json.dumps(data_report(train_pairs, eval_pairs), indent=2))
 
     # ------------------------------------------------------------------------------ model
     classifier = load_classifier(
@@ -242,6 +237,9 @@ def main(argv: list[str]) -> dict:
         logger.info(f"torch_compile: one graph for {compile_layers(model)} layers, made in the first steps")
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {num_trainable:,} trained")
+    # whatever the options call them, a resumed run must have the same pairs and start from the same weights
+    content = {"dataset_name": train_pairs.fingerprint, "eval_dataset_name": eval_pairs.fingerprint}
+    content["model_name_or_path"] = model_fingerprint(model) if accelerator.is_main_process else ""
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     lengths = pair_lengths(train_pairs.dataset)
     layout, reason = resolve_layout(
@@ -257,6 +255,17 @@ def main(argv: list[str]) -> dict:
         layout, reason = "concatenated", "another process could not"
     logger.info(f"layout: {layout} ({reason})")
 
+    margins = np.asarray(eval_pairs.dataset["margin"][:])
+    to_metrics = partial(
+        pairs_metrics,
+        pairs=eval_pairs,
+        center_rewards_coefficient=config.center_rewards_coefficient,
+        label_smoothing=config.label_smoothing_factor,
+    )
+    known = to_metrics(np.zeros((len(margins), 2)))
+    if config.metric_for_best_model not in (None, *known):
+        raise ConfigError(f"metric_for_best_model={config.metric_for_best_model}: there are {', '.join(known)}")
+
     # ------------------------------------------------------------------------------ plan
     plan = StepPlan(
         lengths,
@@ -269,29 +278,39 @@ def main(argv: list[str]) -> dict:
         block_size=block_size(model),
     )
     total_steps = plan.total_steps(config.num_train_epochs, config.max_steps)
-    scheduler = make_scheduler(config, optimizer, total_steps)
     logger.info(
         f"plan: {total_steps} steps of {plan.train_batch_size} pairs ({plan.steps_per_epoch} an epoch) on "
         f"{accelerator.num_processes} x {accelerator.device.type}, {config.micro_batch_tokens} tokens a forward pass"
     )
-    step = 0
+    meter = Meter(accelerator.device)
+    done = {"step": 0, "metrics_lines": None, "means": {}, "pairs": 0.0, "seconds": 0.0, "best": None}
+    done |= {"skipped": 0, "skipped_in_a_row": 0}
     if resume_from is not None:
-        step = load_checkpoint(resume_from, model, optimizer)  # collective
-        scheduler = make_scheduler(config, optimizer, total_steps, step)
-        logger.info(f"resumed from {resume_from}: {step} steps are done")
-        if step >= total_steps and (output_dir / "results.json").exists():
-            raise ConfigError(f"resume_from_checkpoint: the run in {output_dir} is finished; raise max_steps to go on")
+        done = on_main_process(accelerator, partial(read_state, resume_from))
+        on_main_process(accelerator, partial(refuse_other_content, done["content"], content, resume_from))
+        load_checkpoint(resume_from, model, optimizer, accelerator)  # collective
+        meter.load_state(done["meter"], accelerator.process_index, accelerator.num_processes)
+        if done["config"]["micro_batch_tokens"] == config.micro_batch_tokens:
+            plan.micro_batch_tokens = done["micro_batch_tokens"]  # halved, perhaps, by auto_find_batch_size
+        if accelerator.scaler is not None and done["scaler"]:
+            accelerator.scaler.load_state_dict(done["scaler"])
+        logger.info(f"resumed from {resume_from}: {done['step']} steps are done")
+    step, means, best = done["step"], done["means"], done["best"]
+    total_pairs, train_seconds = done["pairs"], done["seconds"]
+    skipped, skipped_in_a_row = done["skipped"], done["skipped_in_a_row"]
+    scheduler = make_scheduler(config, optimizer, total_steps, step)
+    report = data_report(train_pairs, eval_pairs)
+    on_main_process(accelerator, partial(claim_output_dir, output_dir, config.to_yaml(), report, step or None))
     run_log = RunLog(
         accelerator,
         output_dir,
         project=config.project,
         run_name=run_name,
-        config=asdict(config),
+        group=output_dir.resolve().name,
+        config=record,
         report_to=report_to,
-        resume_step=step or None,
+        resume_lines=done["metrics_lines"],
     )
-
-    margins = np.asarray(eval_pairs.dataset["margin"][:])
 
     def score(pairs) -> np.ndarray:
         """Rewards (chosen, rejected) of tokenized pairs, [n, 2]. Collective."""
@@ -307,12 +326,7 @@ def main(argv: list[str]) -> dict:
     def evaluate(step: int) -> dict[str, float]:
         """Score the held-out pairs, log the metrics, show the samples. Collective."""
         rewards = score(eval_pairs.dataset)
-        metrics = pairs_metrics(
-            rewards,
-            eval_pairs,
-            center_rewards_coefficient=config.center_rewards_coefficient,
-            label_smoothing=config.label_smoothing_factor,
-        )
+        metrics = to_metrics(rewards)
         if accelerator.is_main_process:
             run_log.log(metrics, step)
             shown = range(len(rewards))[: config.num_print_samples if config.num_print_samples >= 0 else None]
@@ -330,18 +344,53 @@ def main(argv: list[str]) -> dict:
                 )
         return metrics
 
+    def checkpoint(step: int) -> None:
+        """Save all that a resumed run needs to go on as if it had never stopped. Collective."""
+        state = {
+            "step": step,
+            "metrics_lines": run_log.sync(),
+            "means": means,
+            "pairs": total_pairs,
+            "seconds": train_seconds,
+            "skipped": skipped,
+            "skipped_in_a_row": skipped_in_a_row,
+            "best": best,
+            "meter": meter.state(accelerator.gather),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "micro_batch_tokens": plan.micro_batch_tokens,
+            "content": content,
+            "config": record,
+        }
+        folder, keep_step = output_dir / "checkpoints", best and best["step"]
+        limits = {"save_total_limit": config.save_total_limit, "keep_step": keep_step}
+        save_checkpoint(folder, model, optimizer, state, accelerator, **limits)
+
+    def check_skipped_step(step: int, grad_norm: float) -> None:
+        """Name the pairs of a step whose numbers are not finite; NonFiniteError after too many in a row. Collective."""
+        limit = config.max_nonfinite_steps if accelerator.scaler is None else SCALER_STEPS
+        if accelerator.scaler is not None and skipped_in_a_row <= limit:
+            return  # it looks for its scale
+        step_pairs = train_pairs.dataset.select(plan.indices(step))
+        bad = ~np.isfinite(score(step_pairs)).all(axis=1)
+        ids = [name for name, is_bad in zip(step_pairs["id"], bad | ~bad.any(), strict=True) if is_bad]
+        what = f"the rewards of {bad.sum()} pairs are" if bad.any() else f"the gradient (norm {grad_norm}) is"
+        message = f"step {step + 1}: {what} not finite; its pairs: {', '.join(ids)}"
+        if skipped_in_a_row > limit:
+            raise NonFiniteError(message)
+        logger.warning(f"{message}; the step is left out ({skipped_in_a_row} in a row of {limit} allowed)")
+
     # ------------------------------------------------------------------------------ training
-    meter = Meter(accelerator.device)
     finder = BatchSizeFinder(accelerator, plan, meter, optimizer, enabled=config.auto_find_batch_size)
-    means, total_pairs, train_seconds, skipped = {}, 0.0, 0.0, 0
     bar = tqdm(total=total_steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     bar.update(step)
     model.train()
+    stop.listen()
     clock = time.perf_counter()
     while step < total_steps:
         # -------------------------------------------------------------- fetch
         micro_batches, num_pairs = plan.step(step)  # this process's share; num_pairs counts every process's
         seed_everything(config.seed, step, accelerator.process_index)
+        meter.begin_step()
 
         with finder.attempt():
             for i, micro_batch in enumerate(micro_batches):
@@ -368,11 +417,14 @@ def main(argv: list[str]) -> dict:
         # -------------------------------------------------------------- clip and step
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # collective
         grad_norm = float(grad_norm)  # syncs the device here
-        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-        if skipped > (0 if accelerator.scaler is None else MAX_SKIPPED):  # fp16's scaler skips such a step by itself
-            ids = train_pairs.dataset[plan.indices(step)]["id"]
-            raise NonFiniteError(f"gradient norm is {grad_norm} at step {step + 1}; its pairs: {', '.join(ids)}")
-        optimizer.step()
+        is_finite = math.isfinite(grad_norm) and meter.is_finite()
+        stopping, is_skipped = any_process(accelerator, stop.received, not is_finite)  # collective: all do the same
+        skipped, skipped_in_a_row = skipped + is_skipped, (skipped_in_a_row + 1) * is_skipped
+        if is_skipped:
+            check_skipped_step(step, grad_norm)  # collective
+            skip_step(meter, accelerator.scaler)
+        else:
+            optimizer.step()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         optimizer.zero_grad()
@@ -385,7 +437,7 @@ def main(argv: list[str]) -> dict:
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             total_pairs, train_seconds = total_pairs + pairs, train_seconds + seconds
             speed = {"speed/pairs_per_second": pairs / seconds, "speed/tokens_per_second": tokens / seconds}
-            optim = {"optim/learning_rate": learning_rate, "optim/grad_norm": grad_norm}
+            optim = {"optim/learning_rate": learning_rate, "optim/grad_norm": grad_norm, "optim/skipped_steps": skipped}
             run_log.log(means | optim | {"train/epoch": step / plan.steps_per_epoch} | speed, step)
             bar.set_postfix_str(
                 f"loss {means['train/loss']:.3f}, accuracy {means['train/accuracy']:.3f}, {pairs / seconds:.1f} pairs/s"
@@ -393,21 +445,18 @@ def main(argv: list[str]) -> dict:
 
         # -------------------------------------------------------------- evaluate, save
         paused = time.perf_counter()
+        is_best = False
         if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
-            evaluate(step)
-        stopping = any_process(accelerator, stop.received)  # collective: all stop after the same step
-        if stopping or (config.save_steps and step % config.save_steps == 0):
-            save_checkpoint(
-                output_dir / "checkpoints",
-                model,
-                optimizer,
-                step,
-                is_main_process=accelerator.is_main_process,
-                save_total_limit=config.save_total_limit,
-            )
+            metrics = evaluate(step)
+            is_best = is_better(metrics, best, config.metric_for_best_model, config.greater_is_better)
+            best = {"step": step, "value": metrics[config.metric_for_best_model]} if is_best else best
+        is_due = config.save_steps and (step % config.save_steps == 0 or step == total_steps)
+        if stopping or is_best or is_due:
+            checkpoint(step)
         clock += time.perf_counter() - paused  # speeds are of training alone
         if stopping and step < total_steps:
             run_log.close()
+            accelerator.wait_for_everyone()  # or torchrun ends the main process when the first of the others has gone
             again = f"--resume_from_checkpoint=latest --output_dir={output_dir}"
             raise Stopped(f"stopped after step {step}; go on with {again}")
     bar.close()
@@ -443,14 +492,14 @@ def main(argv: list[str]) -> dict:
             trust_remote_code=config.trust_remote_code,
         )
         summary |= {"speed/total_seconds": round(time.perf_counter() - started, 2), "output_dir": str(output_dir)}
-        record = {
+        results = {
             "summary": summary,
-            "config": redact(asdict(config)),
+            "config": record,
             "layout": f"{layout} ({reason})",
-            "data": data_report(train_pairs, eval_pairs),
+            "data": report,
             **provenance(),
         }
-        (output_dir / "results.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        write_text(output_dir / "results.json", json.dumps(results, indent=2))
         run_log.summary(summary)
     run_log.close()
     if accelerator.is_main_process:
@@ -481,11 +530,22 @@ def run() -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)  # a shell sees 143; sweep agents take an exit code above 0 for a failure
         return 143
-    except (ConfigError, DataError, ModelError, LayoutError, NonFiniteError, ExportError) as error:
+    except (ConfigError, DataError, ModelError, RunDirError, LayoutError, NonFiniteError, ExportError) as error:
         print_last(f"error: {error}")
         return 3 if isinstance(error, NonFiniteError) else 1 if isinstance(error, ExportError) else 2
-    except MemoryError as error:
+    except KeyboardInterrupt:
+        print_last("interrupted; nothing had to be saved")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        return 130
+    except (CheckpointError, MemoryError) as error:
         print_last(f"error: {error}")
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        fix = "mend that and go on with --resume_from_checkpoint=latest"
+        print_last(f"error: {error.filename or 'a file of the run'} cannot be written ({error.strerror}); {fix}")
         return 1
     except RuntimeError as error:
         if not should_reduce_batch_size(error):

@@ -1,23 +1,15 @@
-"""`RewardConfig`: every option of a run, its YAML files and its command line (default < YAML < command line)."""
+"""`RewardConfig`: every option of a run, checked; and which of them a resumed run may change."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 TINY_LLAMA = "configs/tiny_llama"
-QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-
 
 Schedule = Literal[
     "linear",
@@ -30,6 +22,17 @@ Schedule = Literal[
     "inverse_sqrt",
     "warmup_stable_decay",
 ]
+
+
+# What a resumed run may have otherwise than its checkpoint: nothing here changes the training beyond rounding ...
+MAY_CHANGE_ON_RESUME = frozenset(
+    "trust_remote_code attn_implementation gradient_checkpointing merge_adapter dataset_num_proc max_nonfinite_steps "
+    "micro_batch_tokens eval_micro_batch_tokens auto_find_batch_size torch_compile layout output_dir "
+    "overwrite_output_dir resume_from_checkpoint run_name logging_steps eval_steps save_steps save_total_limit "
+    "num_print_samples report_to project".split()
+)
+# ... and these name things that are compared by their content (a file may lie elsewhere on another machine)
+COMPARED_BY_CONTENT = frozenset("model_name_or_path dataset_name eval_dataset_name chat_template_path".split())
 
 
 class ConfigError(ValueError):
@@ -98,6 +101,7 @@ class RewardConfig:
     adam_beta2: float = option(0.999, "AdamW beta 2")
     adam_epsilon: float = option(1e-8, "AdamW epsilon")
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: off (the norm is still logged)")
+    max_nonfinite_steps: int = option(0, "steps in a row that may be left out because their loss or gradient is NaN or infinite; 0: the first one ends the run")
     seed: int = option(42, "everything random is a function of (seed, step, process)")
 
     micro_batch_tokens: int = option(8192, "padded tokens per forward pass on one device; changes memory, not results", "Hardware")
@@ -109,12 +113,14 @@ class RewardConfig:
 
     output_dir: str | None = option(None, "folder of the run; none: runs/<run_name>", "Output")
     overwrite_output_dir: bool = option(False, "allow an output_dir that already holds a run")
-    resume_from_checkpoint: str | None = option(None, "go on from a checkpoint folder, or from the `latest` in output_dir; none: start anew")
+    resume_from_checkpoint: str | None = option(None, "go on from a checkpoint folder, or from the `latest` in output_dir (without one: from the start); none: start anew")
     run_name: str | None = option(None, "name of the run; none: <model>-<data set>-<time>")
     logging_steps: int = option(10, "steps between lines of training metrics")
     eval_steps: int = option(0, "steps between evaluations; 0: only at the end")
     save_steps: int = option(0, "steps between checkpoints in checkpoints/step-N; 0: off (the final model is always saved)")
-    save_total_limit: int | None = option(None, "checkpoints to keep, newest first; none: all")
+    save_total_limit: int | None = option(None, "checkpoints to keep, the newest and besides them the best one; none: all")
+    metric_for_best_model: str | None = option(None, "eval/ metric whose best evaluation gets a checkpoint, which is kept; none: off")
+    greater_is_better: bool | None = option(None, "whether more of metric_for_best_model is better; none: yes, unless its name ends in loss")
     num_print_samples: int = option(4, "held-out pairs shown with their rewards at every evaluation; -1: all; 0: off")
     report_to: list[str] = option([], "trackers: wandb, tensorboard, any other of Accelerate's, all, or none")
     project: str = option("reward-model", "project name at the tracker")
@@ -137,7 +143,7 @@ class RewardConfig:
             need(getattr(c, key) > 0, key, "must be greater than 0")
         for key in optional_positive.split():
             need(getattr(c, key) is None or getattr(c, key) > 0, key, "must be greater than 0, or none to turn it off")
-        for key in "warmup_steps weight_decay max_grad_norm eval_steps save_steps seed".split():
+        for key in "warmup_steps weight_decay max_grad_norm max_nonfinite_steps eval_steps save_steps seed".split():
             need(getattr(c, key) >= 0, key, "must be 0 or greater")
         for key in "lora_dropout warmup_ratio adam_beta1 adam_beta2".split():
             need(0 <= getattr(c, key) < 1, key, "must be in [0, 1)")
@@ -157,7 +163,15 @@ class RewardConfig:
                 "lr_scheduler_type=constant has no warm-up; use constant_with_warmup",
             )
         need(not (c.eval_fraction and c.eval_dataset_name), "eval_fraction", "eval_dataset_name is given too; give one")
-        need(c.save_total_limit is None or c.save_steps > 0, "save_total_limit", "does nothing while save_steps is 0")
+        saves = c.save_steps > 0 or c.metric_for_best_model is not None
+        need(c.save_total_limit is None or saves, "save_total_limit", "does nothing while save_steps is 0")
+        if c.metric_for_best_model is not None:
+            need(
+                c.metric_for_best_model.startswith("eval/"), "metric_for_best_model", "must be one of the eval/ metrics"
+            )
+            need(c.eval_steps > 0, "metric_for_best_model", "does nothing while eval_steps is 0")
+        else:
+            need(c.greater_is_better is None, "greater_is_better", "does nothing without metric_for_best_model")
         if c.train_batch_size is not None:
             for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
                 need(getattr(c, key) is None, key, "train_batch_size is given too; give one of them")
@@ -178,162 +192,15 @@ class RewardConfig:
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
-
-# ---------------------------------------------------------------------------------------------- values
-
-
-def _coerce(key: str, value: Any, where: str) -> Any:
-    """`value` (from YAML or the command line) as the type of field `key`; `ConfigError` if it does not fit."""
-    hint = get_type_hints(RewardConfig)[key]
-    if isinstance(value, str) and value[:1] in ("[", "{", "("):
-        value = _literal(value)
-    accepts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    choices = [c for a in accepts if get_origin(a) is Literal for c in get_args(a)]
-    if value is False and "no" in choices:  # YAML reads a bare `no` as false
-        value = "no"
-    if hint == list[str]:
-        if value is None or value in ("", "none"):
-            return []
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",")]
-    if isinstance(value, tuple):
-        value = list(value)
-    if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in accepts:
-        return None
-    is_number = not isinstance(value, bool) or bool in accepts
-    try:
-        if not is_number and choices == []:
-            raise TypeError
-        value = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise TypeError
-    except (ValidationError, TypeError):
-        wanted = ", ".join(map(str, choices)) if choices else str(getattr(hint, "__name__", hint))
-        raise ConfigError(f"{where}: {key}={value!r} does not fit; expected {wanted}") from None
-    return value
+    def resolved(self, num_processes: int, mixed_precision: str) -> dict[str, Any]:
+        """All options as a dict, with what the launcher decides filled in: for the record, and to compare runs by."""
+        batch = {"train_batch_size": self.global_batch_size(num_processes), "mixed_precision": mixed_precision}
+        trl_batch = dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"))
+        return dataclasses.asdict(self) | trl_batch | batch
 
 
-def _literal(text: str) -> Any:
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError):
-            continue
-    return text
-
-
-def _check_key(key: str, where: str) -> str:
-    names = [f.name for f in dataclasses.fields(RewardConfig)]
-    if key not in names:
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; see --help for all keys"
-        raise ConfigError(f"{where}: unknown key '{key}'{hint}")
-    return key
-
-
-# ---------------------------------------------------------------------------------------------- YAML
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; this loader refuses them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key '{key}' is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The typed options of one YAML file; `ConfigError` names the file and key of what is wrong."""
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ConfigError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines")
-    return {k: _coerce(_check_key(str(k), path), v, path) for k, v in (values or {}).items()}
-
-
-# ---------------------------------------------------------------------------------------------- command line
-
-
-def _split_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """`--k=v`, `--k v`, `k=v`, bare `--flag`, `--list a b` → (YAML files, typed options)."""
-    files, values, where = [], {}, "command line"
-    hints = get_type_hints(RewardConfig)
-    rest = list(argv)
-
-    def starts_option(token: str) -> bool:
-        return token.startswith("--") or token.split("=")[0].replace("-", "_") in hints and "=" in token
-
-    while rest:
-        token = rest.pop(0)
-        key, equals, value = token.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
-        if not token.startswith("--") and not equals:
-            raise ConfigError(f"{where}: '{token}' is not an option; write --key=value or key=value")
-        if key != "config":
-            _check_key(key, where)
-        if not equals:
-            taken = []
-            many = key in hints and ("list[" in str(hints[key]))
-            while rest and not starts_option(rest[0]) and (many or not taken):
-                if hints.get(key) is bool and rest[0].lower() not in ("true", "false"):
-                    break
-                taken.append(rest.pop(0))
-            if not taken and hints.get(key) is not bool:
-                raise ConfigError(f"{where}: --{key} needs a value")
-            value = True if not taken else taken[0] if len(taken) == 1 else taken
-        if key == "config":
-            files.append(value)
-        else:
-            values[key] = _coerce(key, value, where)
-    return files, values
-
-
-def parse_config(argv: list[str]) -> RewardConfig:
-    """The configuration of a command line.
-
-    `--config FILE` may be given several times, the last one wins key by key. Without any, and with neither a model nor
-    a data set named, the quickstart's file is used. Raises `ConfigError`; `--help` prints the options and exits.
-    """
-    if {"-h", "--help"} & set(argv):
-        print(help_text())
-        raise SystemExit(0)
-    files, values = _split_arguments(argv)
-    if not files and not {"model_name_or_path", "dataset_name"} & set(values):
-        files = [str(QUICKSTART)]
-    merged: dict[str, Any] = {}
-    for file in files:
-        merged |= read_yaml(file)
-    merged |= values
-    for key, other in (("dataset_name", "model_name_or_path"), ("model_name_or_path", "dataset_name")):
-        if merged.get(key, getattr(RewardConfig, key)) != getattr(RewardConfig, key) and other not in merged:
-            raise ConfigError(
-                f"{other} is not given, but {key} is; without it {getattr(RewardConfig, other)} would be used"
-            )
-    if merged.get("model_name_or_path", TINY_LLAMA) == TINY_LLAMA and not Path(TINY_LLAMA).exists():
-        merged["model_name_or_path"] = str(QUICKSTART.parent / "tiny_llama")  # started from another folder
-    return RewardConfig(**merged)
-
-
-def help_text() -> str:
-    """Every option in sections, one line each."""
-    lines = [
-        "usage: accelerate launch train_rm.py [--config FILE.yaml ...] [--key=value | --key value | key=value ...]",
-        "",
-        "Train a reward model. Precedence: default < --config files < command line. Without arguments: the quickstart.",
-    ]
-    for f in dataclasses.fields(RewardConfig):
-        if f.metadata["section"]:
-            lines += ["", f.metadata["section"]]
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        shown = "none" if default is None or default == [] else yaml.safe_dump(default).split("\n")[0]
-        lines.append(f"  --{f.name}={shown}  {f.metadata['help']}")
-    return "\n".join(lines)
+def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The options that a resumed run must have as before and has not, each as "key: before -> now"."""
+    free = MAY_CHANGE_ON_RESUME | COMPARED_BY_CONTENT
+    names = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
+    return [f"{name}: {before[name]!r} -> {now[name]!r}" for name in names]

@@ -19,7 +19,8 @@ from torch import nn
 from rm.attention import block_size
 from rm.batching import PairLengths, plan_micro_batches
 from rm.collate import COLUMNS, collate
-from rm.config import ConfigError, parse_config
+from rm.command_line import parse_config
+from rm.config import ConfigError
 from rm.data import Pairs, load_pairs, tokenize_pairs
 from rm.forward import LayoutError, concatenated_forward, resolve_layout
 from rm.load import DataError, load_raw

@@ -36,7 +36,7 @@ class BatchSizeFinder:
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """Swallow an out-of-memory error of the block and remember it; anything else passes."""
-        self.ran_out, before = False, self.meter.sums.clone()
+        self.ran_out = False
         try:
             yield
         except RuntimeError as error:
@@ -44,9 +44,9 @@ class BatchSizeFinder:
                 raise
             self.ran_out = True
         if self.enabled:
-            self.ran_out = any_process(self.accelerator, self.ran_out)
+            (self.ran_out,) = any_process(self.accelerator, self.ran_out)
         if self.ran_out:
-            self.meter.sums = before
+            self.meter.undo_step()
 
     def must_repeat(self, step: int) -> bool:
         """Whether any process ran out in the last attempt; if so, halve the micro-batches and free the memory.
@@ -82,11 +82,12 @@ def average_gradients(model: nn.Module, num_processes: int) -> None:
         p.grad /= num_processes
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is true on any process. Collective."""
+def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """For each flag, whether it is true on any process. Collective."""
     if accelerator.num_processes == 1:
-        return flag
-    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0
+        return list(flags)
+    counts = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return (accelerator.reduce(counts, "sum") > 0).tolist()  # syncs the device here
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import torch
+from torch import nn
 
+PASSING = ("_name_or_path", "architectures", "transformers_version")  # in a model's configuration, no part of it
 PACKAGES = ("torch", "accelerate", "transformers", "datasets", "peft", "wandb", "tokenizers")
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A sha256 over a model's configuration and the names, shapes, types and contents (CRC-32) of all its weights."""
+    lines = [{k: v for k, v in model.config.to_diff_dict().items() if k not in PASSING}]
+    for name, p in model.named_parameters():
+        raw = p.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+        lines.append([name, list(p.shape), str(p.dtype), zlib.crc32(raw)])
+    return hashlib.sha256(json.dumps(lines, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def git(*arguments: str) -> str | None:

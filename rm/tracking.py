@@ -26,6 +26,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
+from rm.files import write_text
+
 logger = logging.getLogger(__name__)
 
 HIDDEN = "[redacted]"
@@ -90,7 +92,7 @@ class RunLog:
         config: dict[str, Any],
         report_to: list[str],
         group: str | None = None,
-        resume_step: int | None = None,
+        resume_lines: int | None = None,
         init_timeout: float = 30.0,
         finish_timeout: float = 60.0,
     ):
@@ -99,16 +101,18 @@ class RunLog:
         Args:
             config: the resolved configuration; it is logged redacted.
             group: W&B group, for the parts of one interrupted training: an offline run cannot be resumed.
-            resume_step: keep the lines of metrics.jsonl up to this step and go on from there. None: a new file.
+            resume_lines: keep so many lines of metrics.jsonl and go on from there. None: a new file.
             init_timeout: seconds for W&B's server to accept the run (ten more may pass); after that it is offline.
             finish_timeout: seconds for uploads in `close`; what is late stays on disk for `wandb sync`.
         """
         self.accelerator, self.output_dir = accelerator, Path(output_dir).resolve()
         self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
         self._threads: dict[str, TrackerThread] = {}
+        self.num_lines = 0
         if not accelerator.is_main_process:
             return
-        self._file = open_metrics(self.output_dir / "metrics.jsonl", resume_step)
+        self._file = open_metrics(self.output_dir / "metrics.jsonl", resume_lines)
+        self.num_lines = (self.output_dir / "metrics.jsonl").read_bytes().count(b"\n")
         config = json.loads(json.dumps(redact(config), default=str))
         for name in report_to:
             thread = TrackerThread(name)
@@ -135,11 +139,18 @@ class RunLog:
         line = {"step": step, "time": round(time.time(), 3)} | {name: finite(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+        self.num_lines += 1
         for name, thread in self._threads.items():
             if name == "wandb":  # W&B drops what its own step has gone past, so that is left to count calls
                 thread.call("log", self._tracker(name).log, {**metrics, "train/step": step})
             else:
                 thread.call("log", self._tracker(name).log, metrics, step)
+
+    def sync(self) -> int:
+        """Bring metrics.jsonl to the disk, since a checkpoint must not be ahead of it; returns its number of lines."""
+        if self.accelerator.is_main_process:
+            os.fsync(self._file.fileno())
+        return self.num_lines
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
         """Show a table as of step `step`: a W&B Table, Markdown in TensorBoard, nothing in other trackers."""
@@ -266,18 +277,16 @@ class TrackerThread:
         done.set_exception(error)
 
 
-def open_metrics(path: Path, resume_step: int | None):
-    """Open metrics.jsonl to append. Of an earlier run's file the lines up to `resume_step` stay, as if nothing had been
+def open_metrics(path: Path, resume_lines: int | None):
+    """Open metrics.jsonl to append. Of an earlier run's file the first `resume_lines` stay, as if nothing had been
     interrupted; if any line goes, the old file is kept as metrics.jsonl.bak."""
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in old if line.endswith(b"}\n")]  # a crash may have torn the last one
-    kept = [line for line in whole if resume_step is not None and json.loads(line)["step"] <= resume_step]
+    kept = whole[: resume_lines or 0]
     if kept != old:
         shutil.copyfile(path, path.with_name("metrics.jsonl.bak"))
-        part = path.with_name("metrics.jsonl.part")
-        part.write_bytes(b"".join(kept))
-        part.replace(path)
+        write_text(path, b"".join(kept).decode())
     return path.open("a", encoding="utf-8")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa:
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 PAD, EOS, VOCAB = 0, 1, 64
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # which a run in this process would keep
 
 COMMON = dict(
     vocab_size=VOCAB,
@@ -120,6 +123,39 @@ def tiny_model_folder(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def zygote():
+    """Starts real processes of train_rm.py in no time."""
+    from zygote import Zygote
+
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
+def fsdp_zygote():
+    """The same under FSDP2."""
+    from zygote import Zygote
+
+    zygote = Zygote("fsdp_on_cpu")
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> str:
+    """A folder with a tiny pretrained Llama that has a chat template for the toy data."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    config = AutoConfig.from_pretrained(ROOT / "configs" / "tiny_llama", num_labels=1)
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    for path in (ROOT / "configs" / "tiny_llama").glob("*"):
+        if path.name != "config.json":
+            shutil.copy(path, folder)
+    return str(folder)
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
     """train(name, *options) → (summary, output folder) of a run in this process."""
@@ -132,7 +168,12 @@ def train(tmp_path, monkeypatch, capsys):
     def run(name: str, *options: str):
         reset_accelerate()
         folder = tmp_path / name
-        summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={folder}", *options])
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
+        try:
+            summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={folder}", *options])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == summary
         return summary, folder
 

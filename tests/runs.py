@@ -56,3 +56,23 @@ def program(*options: str, launcher=(sys.executable,), cwd=None, script=ROOT / "
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, str(script), "dataset_name=toy", *SMALL, *options]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=300)
+
+
+def record(folder) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("speed/")} for row in rows]
+
+
+def summary(folder) -> dict:
+    """The summary in results.json without what depends on the clock, the memory and the place."""
+    values = json.loads((folder / "results.json").read_text())["summary"]
+    return {k: v for k, v in values.items() if k != "output_dir" and not k.startswith("speed/")}
+
+
+def assert_same_bits(one, other):
+    """Two runs that cannot be told apart but by the clock."""
+    assert record(one) == record(other)
+    assert summary(one) == summary(other)
+    (name,) = {path.name for path in one.glob("*.safetensors")}
+    assert (one / name).read_bytes() == (other / name).read_bytes()

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from rm.config import ConfigError, RewardConfig, help_text, parse_config
+from rm.command_line import help_text, parse_config
+from rm.config import ConfigError, RewardConfig
 
 
 @pytest.fixture

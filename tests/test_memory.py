@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from runs import SMALL, assert_same_run, lines, program, reset_accelerate
+from runs import SMALL, assert_same_run, lines, reset_accelerate
 
 import train_rm
 from rm.memory import BatchSizeFinder, can_repeat_steps
@@ -78,15 +78,11 @@ def test_pairs_of_the_failed_attempt_are_not_counted_twice(train, monkeypatch):
     np.testing.assert_allclose(lines(whole, "train/reward_chosen"), lines(repeated, "train/reward_chosen"), atol=1e-6)
 
 
-def test_two_processes_repeat_a_step_together(train, tmp_path):
+def test_two_processes_repeat_a_step_together(train, zygote, tmp_path):
     """Only the second process runs out; both repeat, and their gradients are averaged after the step."""
     _, one = train("one", "--micro_batch_tokens=4096")
-    script = tmp_path / "run.py"
-    script.write_text(f"{INJECT}\ninject(300, 'backward', rank='1')\nimport sys, train_rm\nsys.exit(train_rm.run())\n")
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519")
-    options = ["--micro_batch_tokens=4096", "--auto_find_batch_size", f"--output_dir={tmp_path / 'two'}"]
-    done = program(*options, launcher=launcher, cwd=tmp_path, script=script)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = ["dataset_name=toy", *SMALL, "--micro_batch_tokens=4096", "--auto_find_batch_size", "--output_dir=two"]
+    done = zygote.run(2, options, tmp_path, fault=f"{INJECT}\ninject(300, 'backward', rank='1')")
     assert "out of memory: step 1 is repeated with micro_batch_tokens=2048" in done.stderr
     assert_same_run(one, tmp_path / "two")
 

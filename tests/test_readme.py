@@ -8,7 +8,8 @@ from conftest import ROOT
 from test_train import SMALL, reset_accelerate
 
 import train_rm
-from rm.config import RewardConfig, parse_config
+from rm.command_line import parse_config
+from rm.config import RewardConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

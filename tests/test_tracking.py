@@ -21,7 +21,7 @@ from accelerate.tracking import GeneralTracker
 from wandb_stub import Stub
 
 from rm import tracking
-from rm.config import parse_config
+from rm.command_line import parse_config
 from rm.tracking import RunLog, open_metrics, prepare_trackers, redact
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +146,7 @@ def test_resumed_metrics_file(tmp_path):
     torn = '{"step": 4, "to'  # by a crash
     old = "".join(json.dumps({"step": step, "x": 0}) + "\n" for step in (1, 2, 3)) + torn
     path.write_text(old)
-    log = run_log(tmp_path, resume_step=2)
+    log = run_log(tmp_path, resume_lines=2)
     log.log({"x": 1}, 3)
     log.close()
     assert [(line["step"], line["x"]) for line in lines(tmp_path)] == [(1, 0), (2, 0), (3, 1)]

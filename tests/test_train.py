@@ -1,18 +1,13 @@
 """Whole runs of the program on a tiny model: files, exit codes, and numbers that do not depend on how work was cut."""
 
 import json
-import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import wandb_files
-from runs import ROOT, SMALL, assert_same_run, lines, program, reset_accelerate, weights
-from safetensors.torch import load_file
+from runs import SMALL, assert_same_run, lines, program, reset_accelerate, weights
 
 import train_rm
 
@@ -110,26 +105,6 @@ def test_compiled_layers_train_as_the_others(train):
     assert_same_run(plain, compiled, loss=1e-5, weight=1e-4)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_resumed_run_ends_with_the_same_bits(train, tiny_model_folder, lora):
-    """Weights, optimizer and step are the whole state: stopping after step 3 (mid-epoch 1) changes nothing."""
-    options = [f"--model_name_or_path={tiny_model_folder('llama')}", "--train_batch_size=32", "--warmup_steps=2"]
-    options += ["--save_steps=3", "--max_steps=7", "--eval_steps=2", "--add_eos=false"]
-    options += ["--chat_template_path=" + str(ROOT / "configs" / "tiny_llama")]
-    if lora:
-        options += ["--use_peft", "--lora_target_modules=all-linear", "--lora_dropout=0.3"]
-    _, whole = train("whole", *options)
-    _, parts = train("parts", *options)  # its end is forgotten:
-    shutil.rmtree(parts / "checkpoints" / "step-6")
-    summary, _ = train("parts", *options, "--resume_from_checkpoint=latest")
-    assert summary["train/steps"] == 7
-    for name in ("train/loss", "eval/loss", "optim/grad_norm", "optim/learning_rate", "train/epoch"):
-        assert lines(parts, name) == lines(whole, name)
-    file = "adapter_model.safetensors" if lora else "model.safetensors"
-    one, other = load_file(whole / file), load_file(parts / file)
-    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
 def test_learning_rate_by_hand(train):
     _, out = train("linear", "--warmup_steps=2", "--learning_rate=1e-3")
     assert lines(out, "optim/learning_rate") == pytest.approx([0, 5e-4, 1e-3, 5e-4])
@@ -145,16 +120,6 @@ def test_centering_and_margin_act(train):
     _, centred = train("centred", "--center_rewards_coefficient=1")
     _, margin = train("margin", "--margin_from_scores=true")
     assert lines(centred)[0] > lines(plain)[0] != lines(margin)[0]
-
-
-def test_two_processes_train_as_one(train, tmp_path):
-    _, one = train("one", "--train_batch_size=17", "--max_train_samples=50")  # a ragged last step: 17, 17, 16
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517")
-    options = ["--train_batch_size=17", "--max_train_samples=50", f"--output_dir={tmp_path / 'two'}"]
-    done = program(*options, launcher=launcher, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(one, tmp_path / "two")
-    assert json.loads(done.stdout.strip().splitlines()[-1])["eval/pairs"] == 30
 
 
 def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
@@ -179,7 +144,7 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     number, message = code("--output_dir=old")
     assert number == 2 and "already holds a run" in message
     number, message = code("--learning_rate=1e30", "--max_grad_norm=0", "--output_dir=nan")
-    assert number == 3 and "gradient norm is" in message and "its pairs:" in message
+    assert number == 3 and "not finite; its pairs: " in message
     assert not (tmp_path / "nan" / "model.safetensors").exists()
     number, message = code("--layout=shared_prefix", "--attn_implementation=flash_attention_2", "--output_dir=flash")
     assert number == 2
@@ -188,23 +153,6 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.which", lambda name: None)
     number, message = code("--torch_compile", "--output_dir=compile")
     assert number == 2 and "torch_compile needs a C++ compiler" in message
-
-
-def test_sigterm_writes_a_checkpoint_and_ends_with_143(tmp_path):
-    options = ["dataset_name=toy", *SMALL, "--max_steps=100000", f"--output_dir={tmp_path / 'out'}"]
-    running = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_rm.py"), *options], stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    running.terminate()
-    assert running.wait(timeout=60) == -signal.SIGTERM  # which a shell calls 143
-    last = lines(tmp_path / "out", "step")[-1]
-    assert f"stopped after step {last}; go on with --resume_from_checkpoint=latest" in running.stderr.read()
-    assert (tmp_path / "out" / "checkpoints" / f"step-{last}" / "checkpoint.json").exists()
-    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_the_program_prints_one_json_line_last(tmp_path):

@@ -1,0 +1,109 @@
+"""The run's folder: may it be used, where does training start in it, and what of an earlier run stays."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rm.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_state, set_aside
+from rm.files import write_text
+
+logger = logging.getLogger(__name__)
+
+
+class RunDirError(ValueError):
+    """The folder cannot be used as was asked; one line that names it and the fix."""
+
+
+def open_output_dir(
+    output_dir: str | None, run_name: str | None, *, names: tuple[str, str], may_hold_run: bool
+) -> tuple[Path, str]:
+    """The run's folder, made if need be and tried by writing to it, and the run's name.
+
+    Without `output_dir` it is `runs/<run_name>`, without either `runs/<names>-<time>`. Raises `RunDirError` if it
+    cannot be written, or holds a run and not `may_hold_run`.
+    """
+    if run_name is None and output_dir is not None:
+        run_name = Path(output_dir).resolve().name
+    if run_name is None:
+        stem = "-".join(Path(name).name.split(".")[0] if i else Path(name).name for i, name in enumerate(names))
+        run_name = stem + time.strftime("-%Y%m%d-%H%M%S")
+        while (Path("runs") / run_name).exists():
+            run_name += "+"  # another run of the same second
+    folder = Path(output_dir or Path("runs") / run_name)
+    holds_run = (folder / "metrics.jsonl").exists() or list_checkpoints(folder / "checkpoints")
+    if holds_run and not may_hold_run:
+        fix = "choose another, or give overwrite_output_dir=true or resume_from_checkpoint=latest"
+        raise RunDirError(f"output_dir={folder} already holds a run; {fix}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / ".writable", "yes")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise RunDirError(f"output_dir={folder} cannot be written: {error.strerror}") from None
+    return folder, run_name
+
+
+def find_start(
+    resume_from_checkpoint: str | None,
+    output_dir: Path,
+    record: dict[str, Any],
+    changed_options: Callable[[dict[str, Any], dict[str, Any]], list[str]],
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """(checkpoint to go on from, or None; the summary of a run that is finished already, or None).
+
+    Args:
+        record: the options of this run, resolved.
+        changed_options: names what differs, of two records, and must not.
+
+    Raises:
+        RunDirError: there is no such checkpoint, all are damaged, or it is of a run with other options.
+    """
+    if resume_from_checkpoint is None:
+        return None, None
+    finished = output_dir / "results.json"
+    if resume_from_checkpoint == "latest" and finished.exists():
+        results = json.loads(finished.read_text(encoding="utf-8"))
+        _refuse(changed_options(results["config"], record), output_dir)
+        return None, results["summary"]
+    try:
+        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir / "checkpoints")
+    except CheckpointError as error:
+        raise RunDirError(str(error)) from None
+    if checkpoint is None:
+        logger.warning(f"resume_from_checkpoint=latest: {output_dir} has no checkpoint yet; from the first step on")
+    else:
+        _refuse(changed_options(read_state(checkpoint)["config"], record), checkpoint)
+    return checkpoint, None
+
+
+def refuse_other_content(before: dict[str, str], now: dict[str, str], checkpoint: Path) -> None:
+    """Raise `RunDirError` if a fingerprint (of the data, of the base model) is not the one in the checkpoint."""
+    _refuse([f"the content of {name} has changed" for name in now if now[name] != before[name]], checkpoint)
+
+
+def _refuse(changes: list[str], where: Path) -> None:
+    if changes:
+        fix = "resume with the options and data it began with, or give another output_dir"
+        raise RunDirError(f"{where} is of another run ({'; '.join(changes)}); {fix}")
+
+
+def claim_output_dir(output_dir: Path, config_yaml: str, report: dict[str, Any], resume_step: int | None) -> None:
+    """Write what describes the run, and put away what an earlier one left: all of it, or what is past `resume_step`."""
+    (output_dir / "results.json").unlink(missing_ok=True)
+    if resume_step is None:
+        shutil.rmtree(output_dir / "samples", ignore_errors=True)
+    for partial in (output_dir / "checkpoints").glob(".step-*.partial"):
+        shutil.rmtree(partial)
+    for step, old in list_checkpoints(output_dir / "checkpoints"):
+        if resume_step is None:  # the user allowed it, or there is none
+            shutil.rmtree(old)
+        elif step > resume_step:  # damaged, or not wanted: the run comes by here again
+            set_aside(old)
+    write_text(output_dir / "config.yaml", config_yaml)
+    write_text(output_dir / "data_report.json", json.dumps(report, indent=2))

@@ -1,0 +1,129 @@
+"""One, two and three processes, under DDP and FSDP2, do the same; and what happens when one of them fails."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from runs import SMALL, assert_same_run, lines, program
+from safetensors.torch import load_file
+
+RAGGED = ["dataset_name=toy", *SMALL, "--train_batch_size=17", "--max_train_samples=50", "--eval_steps=2"]  # 17, 17, 16
+LORA = ["--use_peft", "--lora_target_modules=all-linear", "--lora_dropout=0"]
+# every process writes down which pairs it computes, and with which weight
+WRITE_PAIRS = """
+import json, os, train_rm
+forward = train_rm.concatenated_forward
+def write(model, batch):
+    with open(f"pairs-{os.environ.get('RANK', 0)}.jsonl", "a") as file:
+        file.write(json.dumps([batch.index_B.tolist(), batch.weight_B.tolist()]) + "\\n")
+    return forward(model, batch)
+train_rm.concatenated_forward = write
+"""
+
+
+@pytest.fixture(scope="module")
+def one(zygote, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    zygote.run(1, [*RAGGED, "--output_dir=out"], folder)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("count, tokens", [(1, 100), (2, 100), (2, 100_000), (3, 300), (3, 100_000)])
+def test_any_number_of_processes_trains_the_same(zygote, one, tmp_path, count, tokens):
+    options = [*RAGGED, f"--micro_batch_tokens={tokens}"]
+    zygote.run(count, [*options, "--max_steps=3", "--output_dir=epoch"], tmp_path, fault=WRITE_PAIRS)
+    computed = [json.loads(line) for file in tmp_path.glob("pairs-*.jsonl") for line in file.read_text().splitlines()]
+    counted = [i for indices, weights in computed for i, weight in zip(indices, weights, strict=True) if weight]
+    assert sorted(counted) == list(range(50))  # each once; fillers weigh nothing
+
+    zygote.run(
+        count, [*RAGGED, "--output_dir=out", f"--micro_batch_tokens={tokens}", "--overwrite_output_dir"], tmp_path
+    )
+    assert_same_run(one, tmp_path / "out")
+    for name in ("eval/accuracy", "eval/ties", "eval/pairs"):
+        assert lines(one, name) == lines(tmp_path / "out", name)
+    for name in ("eval/loss", "eval/margin", "eval/reward_std"):
+        np.testing.assert_allclose(lines(one, name), lines(tmp_path / "out", name), atol=1e-6)
+
+
+def test_fsdp2_trains_the_same(fsdp_zygote, one, tmp_path):
+    done = fsdp_zygote.run(2, [*RAGGED, "--output_dir=out", "--micro_batch_tokens=300"], tmp_path, fault=COUNT_SHARDS)
+    assert_same_run(one, tmp_path / "out")
+    assert "export checked: 16 sequences" in done.stderr and "sharded: 21 of 21" in done.stderr
+
+
+COUNT_SHARDS = """
+import sys, fsdp_on_cpu, train_rm
+from torch.distributed.tensor import DTensor
+resolve = train_rm.resolve_layout
+def count(layout, model, *args, **kwargs):
+    weights = list(model.parameters())
+    print(f"sharded: {sum(isinstance(w, DTensor) for w in weights)} of {len(weights)}", file=sys.stderr)
+    return resolve(layout, model, *args, **kwargs)
+train_rm.resolve_layout = count
+"""
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_lora(zygote, fsdp_zygote, pretrained, tmp_path, engine):
+    options = [*RAGGED, *LORA, f"--model_name_or_path={pretrained}", "--gradient_checkpointing", "--merge_adapter"]
+    zygote.run(1, [*options, "--output_dir=one"], tmp_path)
+    (fsdp_zygote if engine == "fsdp2" else zygote).run(2, [*options, "--output_dir=two"], tmp_path)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+
+
+def test_fsdp2_in_bf16(fsdp_zygote, one, tmp_path):
+    """Close to float32, on two processes; the saved model is checked in it."""
+    done = fsdp_zygote.run(2, [*RAGGED, "--mixed_precision=bf16", "--output_dir=out"], tmp_path)
+    np.testing.assert_allclose(lines(one), lines(tmp_path / "out"), atol=0.05)
+    assert "export checked" in done.stderr
+
+
+# ------------------------------------------------------------------------------ when one fails
+
+FAILS = """
+import os, sys, train_rm
+def fail(*args, **kwargs):
+    open("failed", "w").close()
+    raise RuntimeError("as injected")
+if os.environ["RANK"] == "{rank}":
+    train_rm.{name} = fail
+sys.exit(train_rm.run())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, name", [(1, "pairwise_loss"), (0, "save_checkpoint")])
+def test_one_that_fails_ends_the_job(tmp_path, rank, name):
+    (tmp_path / "run.py").write_text(FAILS.format(rank=rank, name=name))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531")
+    options = ["--save_steps=2", "--max_steps=1000", "--output_dir=out"]
+    done = program(*options, launcher=launcher, cwd=tmp_path, script=tmp_path / "run.py")
+    assert done.returncode != 0 and "as injected" in done.stderr
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < 30
+
+
+def test_a_process_that_is_killed_ends_the_others(zygote, tmp_path):
+    runs = zygote.start_many(2, [*RAGGED, "--max_steps=100000", "--output_dir=out"], tmp_path)
+    while not (tmp_path / "out" / "metrics.jsonl").exists() or not lines(tmp_path / "out", "step"):
+        assert runs[0].poll() is None
+        time.sleep(0.05)
+    os.kill(runs[1].pid, 9)
+    assert runs[0].wait(timeout=30) != 0
+
+
+def test_fewer_processes_than_asked_for(tmp_path):
+    """Accelerate's launcher starts one process on CPUs, whatever it is asked for."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", ROOT / "train_rm.py"]
+    options = {"capture_output": True, "text": True, "env": env, "cwd": tmp_path, "timeout": 120}
+    done = subprocess.run([*command, "dataset_name=toy", *SMALL, "--output_dir=out"], **options)
+    assert done.returncode != 0
+    assert "error: 2 processes were asked for, but 1 take part; on CPUs use torchrun" in done.stderr
+    assert not (tmp_path / "out").exists()
