@@ -171,8 +171,9 @@ def save_checkpoint(
     """
     trained = trained_names(model)  # of weights with two names one
     weights = {k: v for k, v in full_state_dict(model, trained_only=True).items() if k in trained}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    moments = get_optimizer_state_dict(model, _bare(optimizer), options=options)
+    moments, options = {}, StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if _bare(optimizer).state:  # before its first step there is none, and torch would make some by a step of its own
+        moments = get_optimizer_state_dict(model, _bare(optimizer), options=options)
     final = folder / f"step-{state['step']}"
 
     def write(partial: Path) -> None:
@@ -205,22 +206,24 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     bare = _bare(optimizer)
 
-    def check() -> None:
+    def check() -> bool:
         if missing := sorted(trained_names(model) - weights.keys()):
             raise CheckpointError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
+        return bool(moments)
 
     weights, moments = {}, {}
     if accelerator.is_main_process:
         weights = load_file(path / "model.safetensors")
         rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-        moments = _join(load_file(path / "optimizer.safetensors"), rest, bare)
-    on_main_process(accelerator, check)
+        moments = _join(load_file(path / "optimizer.safetensors"), rest, bare) if rest["groups"] else {}
+    has_moments = on_main_process(accelerator, check)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after a forward pass its outermost weights lie about whole
     options = dict(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
+    if has_moments:  # first, since torch may make room for the moments by a step
+        set_optimizer_state_dict(model, bare, moments, options=StateDictOptions(**options))
     set_model_state_dict(model, weights, options=StateDictOptions(**options, strict=False))  # frozen ones are not in it
-    set_optimizer_state_dict(model, bare, moments, options=StateDictOptions(**options))
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -1,0 +1,107 @@
+"""Numbers that are not finite, disks that are full, trackers that misbehave: on the real program."""
+
+import json
+import shutil
+
+import pytest
+from conftest import STOPPING  # noqa: F401
+from runs import SMALL, lines, record, weights
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+LATEST = "--resume_from_checkpoint=latest"
+RUN = ["dataset_name=toy", *SMALL, "--max_steps=8", "--save_steps=2", "--output_dir=out"]
+
+
+def checkpoints(folder) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+# ------------------------------------------------------------------------------ numbers
+
+
+@pytest.fixture(scope="module")
+def poisoned(pretrained, tmp_path_factory):
+    """Options for a model to which the word "water" is NaN, and 48 pairs of which one has that word."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    shutil.copytree(pretrained, folder / "model")
+    tensors = load_file(folder / "model" / "model.safetensors")
+    (word,) = AutoTokenizer.from_pretrained(pretrained)(" water", add_special_tokens=False)["input_ids"][-1:]
+    tensors["model.embed_tokens.weight"][word] = float("nan")
+    save_file(tensors, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    words = "be brief tell me how to make tea".split()
+    sides = [(f"{words[i % 8]} {words[i // 8]}", words[-i % 7]) for i in range(48)]
+    rows = [{"id": f"pair-{i}", "chosen": chosen, "rejected": rejected} for i, (chosen, rejected) in enumerate(sides)]
+    (folder / "eval.jsonl").write_text("\n".join(map(json.dumps, rows[:10])))
+    rows[7]["chosen"] = "make tea of water"
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = [f"--model_name_or_path={folder / 'model'}", f"--dataset_name={folder / 'train.jsonl'}"]
+    options += [f"--eval_dataset_name={folder / 'eval.jsonl'}", "--max_train_samples=none", "--max_eval_samples=none"]
+    return [*SMALL, *options, "--train_batch_size=16", "--max_steps=6", "--save_steps=1"]  # two epochs of three steps
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_pair_that_is_not_finite_ends_the_run_by_name(zygote, poisoned, tmp_path, count):
+    runs = zygote.start_many(count, [*poisoned, "--output_dir=out"], tmp_path)
+    assert [run.wait() for run in runs] == [3] * count
+    message = runs[0].stderr.strip().splitlines()[-1]
+    step = len(checkpoints(tmp_path / "out")) + 1 if (tmp_path / "out" / "checkpoints").exists() else 1
+    assert message == f"error: step {step}: the rewards of 1 pairs are not finite; its pairs: pair-7"
+    assert "Traceback" not in runs[0].stderr and not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_step_may_be_left_out_on_every_process(zygote, poisoned, tmp_path):
+    """The weights, the means and the number of steps left out are the same however it is run."""
+    for count in (1, 2):
+        done = zygote.run(count, [*poisoned, "--max_nonfinite_steps=1", f"--output_dir=out{count}"], tmp_path)
+        assert done.stderr.count("pairs: pair-7; the step is left out (1 in a row of 1 allowed)") == 2  # once an epoch
+    one, two = tmp_path / "out1", tmp_path / "out2"
+    counts = lines(one, "optim/skipped_steps")
+    assert counts == lines(two, "optim/skipped_steps") and counts[-1] == 2
+    left_out = [after > before for before, after in zip([0, *counts], counts, strict=False)]
+    assert [loss == "NaN" for loss in lines(one)] == left_out  # a mean over no pairs
+    saved = [load_file(one / f"checkpoints/step-{step}/model.safetensors") for step in range(1, 7)]
+    heads = [tensors["classifier.score.weight"] for tensors in saved]
+    assert [bool((a == b).all()) for a, b in zip(heads, heads[1:], strict=False)] == left_out[1:]
+    for name, tensor in weights(one).items():
+        assert tensor.isnan().sum() == (32 if "embed_tokens" in name else 0)  # the poison and no more
+        assert (tensor - weights(two)[name]).nan_to_num().abs().max() < 1e-5
+    shutil.rmtree(one / "checkpoints" / "step-6")  # the count survives a restart
+    (one / "results.json").unlink()
+    before = record(one)
+    zygote.run(1, [*poisoned, "--max_nonfinite_steps=1", "--output_dir=out1", LATEST], tmp_path)
+    assert record(one) == before
+
+
+def test_too_many_steps_in_a_row(zygote, tmp_path, poisoned):
+    nan = "import torch, train_rm\nloss = train_rm.pairwise_loss\n"
+    nan += "train_rm.pairwise_loss = lambda *a, **k: loss(*a, **k) * float('inf')"  # the rewards are finite
+    run = zygote.start([*poisoned, "--max_nonfinite_steps=2", "--output_dir=out"], tmp_path, fault=nan)
+    assert run.wait() == 3
+    assert run.stderr.count("the step is left out") == 2
+    assert "error: step 3: the gradient (norm nan) is not finite" in run.stderr
+
+
+INFINITE_LOSS = """
+import os, train_rm
+loss, calls = train_rm.pairwise_loss, []
+def infinite_once(*args, **kwargs):
+    values = loss(*args, **kwargs)
+    calls.append(1)
+    if len(calls) == 1 and os.environ.get("RANK", "0") == "{rank}":
+        values = values + 1e38 * 10.0  # infinite, and its gradient is not
+    return values
+train_rm.pairwise_loss = infinite_once
+"""
+
+
+@pytest.mark.parametrize("count, rank", [(1, 0), (2, 0), (2, 1)])
+def test_a_loss_that_is_infinite_on_one_process_moves_no_weight(zygote, tmp_path, count, rank):
+    fault = INFINITE_LOSS.format(rank=rank)
+    options = ["dataset_name=toy", *SMALL, "--max_steps=2", "--save_steps=1", "--output_dir=out"]
+    zygote.run(count, [*options, "--max_nonfinite_steps=1"], tmp_path, fault=fault)
+    moments = load_file(tmp_path / "out/checkpoints/step-1/optimizer.safetensors")
+    assert not moments  # nor the optimizer's count of steps, which corrects its bias
+    moments = load_file(tmp_path / "out/checkpoints/step-2/optimizer.safetensors")
+    assert {int(value) for name, value in moments.items() if name.endswith("/step")} == {1}
+    assert lines(tmp_path / "out", "optim/skipped_steps") == [1, 1]
