@@ -40,7 +40,7 @@ from rm.config import ConfigError, RewardConfig, changed_options
 from rm.data import load_pairs
 from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
 from rm.export import ExportError, save_model, verify_export
-from rm.files import write_text
+from rm.files import GO_ON, write_text
 from rm.forward import LayoutError, concatenated_forward, resolve_layout, without_autocast
 from rm.launch import StopSignal, is_orphan, on_main_process, processes_asked_for
 from rm.load import DataError
@@ -544,8 +544,7 @@ def run() -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        fix = "mend that and go on with --resume_from_checkpoint=latest"
-        print_last(f"error: {error.filename or 'a file of the run'} cannot be written ({error.strerror}); {fix}")
+        print_last(f"error: {error.filename or 'a file of the run'} cannot be written ({error.strerror}); {GO_ON}")
         return 1
     except RuntimeError as error:
         if not should_reduce_batch_size(error):

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from rm.files import fsync
+from rm.files import GO_ON, fsync
 from rm.launch import on_main_process
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,9 @@ def save_checkpoint(
                         shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
             cause = f"{error}".splitlines()[0]
-            raise CheckpointError(f"{final} could not be written ({cause}); the earlier ones are intact") from None
+            raise CheckpointError(
+                f"{final} could not be written ({cause}); the earlier ones are intact: {GO_ON}"
+            ) from None
 
     on_main_process(accelerator, publish)
     return final

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
+from rm.files import GO_ON
 from rm.model import RewardModel, load_trained
 
 logger = logging.getLogger(__name__)
 
 
 class ExportError(RuntimeError):
-    """The saved model does not give the rewards of the evaluated one."""
+    """The final model could not be saved, or does not give the rewards of the evaluated one."""
 
 
 def save_model(
@@ -39,19 +41,26 @@ def save_model(
         merge_adapter: under LoRA, write the merged weights to `output_dir` and the adapter to `output_dir/adapter`;
             otherwise the adapter goes to `output_dir`.
         dtype: of the weights in training (an adapter is merged into weights of that type).
+
+    Raises:
+        ExportError: the disk is full, or the like.
     """
     state_dict = {name.removeprefix("classifier."): tensor for name, tensor in state_dict.items()}
     is_adapter = hasattr(model.classifier, "peft_config")
     folder = output_dir / "adapter" if is_adapter and merge_adapter else output_dir
-    for stale in {*output_dir.glob("*.safetensors*"), *output_dir.glob("adapter*")}:  # of an overwritten run
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    model.classifier.save_pretrained(folder, state_dict=state_dict)
-    tokenizer.save_pretrained(folder)
-    if is_adapter and merge_adapter:
-        trained = load_trained(str(folder), tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
-        merged = trained.merge_and_unload()
-        merged.save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
+    try:
+        for stale in {*output_dir.glob("*.safetensors*"), *output_dir.glob("adapter*")}:  # of an overwritten run
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        model.classifier.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+        if is_adapter and merge_adapter:
+            trained = load_trained(str(folder), tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
+            merged = trained.merge_and_unload()
+            merged.save_pretrained(output_dir)
+            tokenizer.save_pretrained(output_dir)
+    except (OSError, SafetensorError) as error:
+        cause = str(error).splitlines()[0]
+        raise ExportError(f"the model cannot be written to {output_dir} ({cause}); {GO_ON}") from error
 
 
 @torch.no_grad()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+GO_ON = "mend that and go on with --resume_from_checkpoint=latest"
 
 
 def fsync(path: Path) -> None:
@@ -17,9 +21,20 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it has the old content or the new one, whenever the machine stops."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file's name into an error of the disk, which has none where the file was open already."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file in UTF-8 so that it has the old content or the new one, whenever the machine stops."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    fsync(part)
-    part.replace(path)
+    with naming(path):
+        part.write_text(text, encoding="utf-8", errors=errors)
+        fsync(part)
+        part.replace(path)

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from rm.files import write_text
+from rm.files import naming, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +137,9 @@ class RunLog:
             return
         metrics = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         line = {"step": step, "time": round(time.time(), 3)} | {name: finite(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self.output_dir / "metrics.jsonl"):
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
         self.num_lines += 1
         for name, thread in self._threads.items():
             if name == "wandb":  # W&B drops what its own step has gone past, so that is left to count calls

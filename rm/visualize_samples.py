@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rm.files import write_text
+
 PROMPT_LINES, ANSWER_LINES = 3, 4  # lines of the terminal, about, to which a text is shortened
 JOINERS = "\u200c\u200d"  # invisible, harmless, and part of many words and emoji
 
@@ -143,7 +145,5 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
         record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     # UTF-8 has no half characters (lone surrogates), which data may hold; as backslash escapes they are valid JSON
-    part.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    part.replace(path)
+    write_text(path, "".join(lines), errors="backslashreplace")

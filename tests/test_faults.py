@@ -1,11 +1,11 @@
 """Numbers that are not finite, disks that are full, trackers that misbehave: on the real program."""
 
 import json
+import os
 import shutil
 
 import pytest
-from conftest import STOPPING  # noqa: F401
-from runs import SMALL, lines, record, weights
+from runs import SMALL, assert_same_bits, lines, record, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -105,3 +105,110 @@ def test_a_loss_that_is_infinite_on_one_process_moves_no_weight(zygote, tmp_path
     moments = load_file(tmp_path / "out/checkpoints/step-2/optimizer.safetensors")
     assert {int(value) for name, value in moments.items() if name.endswith("/step")} == {1}
     assert lines(tmp_path / "out", "optim/skipped_steps") == [1, 1]
+
+
+# ------------------------------------------------------------------------------ disks
+
+# what a full disk does to one who writes: in the n-th call of `name` no file may grow over `size` bytes
+FULL = """
+import resource, {module} as module
+function, calls = module.{name}, []
+def full(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == {n}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+    try:
+        return function(*args, **kwargs)
+    finally:  # its message goes to a file too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+module.{name} = full
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("size", [1000, 150_000], ids=["weights", "optimizer"])
+def test_a_disk_that_is_full_at_a_checkpoint(zygote, tmp_path, size, count):
+    fault = FULL.format(module="train_rm", name="save_checkpoint", n=3, size=size)
+    options = [*RUN, "--save_total_limit=1", "--num_print_samples=0"]
+    runs = zygote.start_many(count, options, tmp_path, fault=fault)
+    assert [run.wait(30) for run in runs] == [1] * count
+    message = runs[0].stderr.strip().splitlines()[-1]
+    assert message.startswith("error: out/checkpoints/step-6 could not be written (") and "File too large" in message
+    assert (
+        "the earlier ones are intact: mend that and go on with --resume" in message
+        and "Traceback" not in runs[0].stderr
+    )
+    assert checkpoints(tmp_path / "out") == ["step-4"]  # which is removed after the new one is in place, not before
+    zygote.run(count, [*options, LATEST], tmp_path)
+    zygote.run(count, [*options, "--output_dir=whole"], tmp_path)
+    assert record(tmp_path / "out") == record(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "module, name, n, size, file",
+    [
+        ("rm.tracking", "RunLog.log", 5, 1500, "out/metrics.jsonl cannot be written"),
+        ("train_rm", "visualize_samples", 1, 500, "out/samples/step-3.jsonl cannot be written"),
+        ("train_rm", "save_model", 1, 2000, "the model cannot be written to out"),
+        ("train_rm", "write_text", 1, 1000, "out/results.json cannot be written"),
+    ],
+)
+def test_a_disk_that_is_full_elsewhere(zygote, tmp_path, module, name, n, size, file):
+    options = [*RUN, "--eval_steps=3"]
+    run = zygote.start(options, tmp_path, fault=FULL.format(module=module, name=name, n=n, size=size))
+    assert run.wait() == 1
+    message = run.stderr.strip().splitlines()[-1]
+    assert message.replace(f"{tmp_path}/", "").startswith(f"error: {file}") and "File too large" in message
+    assert "go on with --resume_from_checkpoint=latest" in message and "Traceback" not in run.stderr
+    zygote.run(1, [*options, LATEST], tmp_path)
+    zygote.run(1, [*options, "--output_dir=whole"], tmp_path)
+    assert_same_bits(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("folder", ["a-file/out", "/proc/out", "read-only/out"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_model(zygote, tmp_path, folder):
+    (tmp_path / "a-file").write_text("")
+    (tmp_path / "read-only").mkdir(mode=0o555)
+    if folder == "read-only/out" and os.geteuid() == 0:
+        pytest.skip("to root nothing is read-only")
+    run = zygote.start([*RUN, f"--output_dir={folder}", "--model_name_or_path=/no/such/model"], tmp_path)
+    assert run.wait() == 2
+    assert run.stderr.strip().startswith(f"error: output_dir={folder} cannot be written: ")
+
+
+KILL_AT = """
+import os, rm.checkpoint, rm.files, shutil, pathlib
+count = [0]
+def kill(function):
+    def counted(*args, **kwargs):
+        count[0] += 1
+        if count[0] == {n}:
+            os.kill(os.getpid(), 9)
+        return function(*args, **kwargs)
+    return counted
+write = rm.checkpoint.save_checkpoint
+def save(*args, **kwargs):
+    if args[3]["step"] == 6:  # from here on, every operation on files counts
+        for owner, name in [(rm.checkpoint, "save_file"), (rm.checkpoint, "fsync"), (rm.checkpoint, "digest"),
+                            (shutil, "rmtree"), (pathlib.Path, "rename"), (pathlib.Path, "write_text")]:
+            setattr(owner, name, kill(getattr(owner, name)))
+    write(*args, **kwargs)
+    if args[3]["step"] == 6:
+        open("saved", "w").write(str(count[0]))
+import train_rm
+train_rm.save_checkpoint = save
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_every_moment_of_writing_a_checkpoint(zygote, tmp_path):
+    options = [*RUN, "--save_total_limit=1", "--num_print_samples=0"]
+    zygote.run(1, [*options, "--output_dir=whole"], tmp_path, fault=KILL_AT.format(n=0))
+    operations = int((tmp_path / "saved").read_text())
+    assert operations > 10
+    for n in range(1, operations + 1):
+        run = zygote.start([*options, "--overwrite_output_dir"], tmp_path, fault=KILL_AT.format(n=n))
+        assert run.wait() == -9
+        zygote.run(1, [*options, LATEST], tmp_path)
+        assert_same_bits(tmp_path / "out", tmp_path / "whole")
+        assert checkpoints(tmp_path / "out") == ["step-8"]
