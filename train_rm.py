@@ -29,6 +29,7 @@ from rich.console import Console
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rm.attention import block_size
 from rm.audit import audit_table, data_report
@@ -75,9 +76,12 @@ def make_accelerator(mixed_precision: str | None, max_grad_norm: float) -> Accel
         accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
     except ValueError as error:  # fp16 without a GPU
         raise ConfigError(f"mixed_precision={mixed_precision}: {error}") from None
-    if accelerator.state.deepspeed_plugin is not None:  # it clips by itself, and wants a batch size that it ignores
-        options = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": max_grad_norm}
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(options)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:  # it clips by itself, and wants a batch size that it ignores
+        plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": max_grad_norm}
+        unset_hf_deepspeed_config()  # or transformers makes shards under ZeRO-3, which have no shape and take no head
+        if plugin.zero_stage == 0:
+            raise ConfigError("zero_stage: 0 gives no gradient norm; use 1, 2 or 3, or plain multi-GPU")
     asked, present = processes_asked_for(), accelerator.num_processes
     if present < asked:
         raise ConfigError(f"{asked} processes were asked for, but {present} take part; on CPUs use torchrun")
@@ -367,8 +371,9 @@ def main(argv: list[str]) -> dict:
 
     def check_skipped_step(step: int, grad_norm: float) -> None:
         """Name the pairs of a step whose numbers are not finite; NonFiniteError after too many in a row. Collective."""
-        limit = config.max_nonfinite_steps if accelerator.scaler is None else SCALER_STEPS
-        if accelerator.scaler is not None and skipped_in_a_row <= limit:
+        has_scaler = accelerator.mixed_precision == "fp16"
+        limit = SCALER_STEPS if has_scaler else config.max_nonfinite_steps
+        if has_scaler and skipped_in_a_row <= limit:
             return  # it looks for its scale
         step_pairs = train_pairs.dataset.select(plan.indices(step))
         bad = ~np.isfinite(score(step_pairs)).all(axis=1)

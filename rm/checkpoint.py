@@ -34,6 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from rm.files import GO_ON, fsync
 from rm.launch import on_main_process
+from rm.zero import gather_state, is_zero, scatter_state
 
 logger = logging.getLogger(__name__)
 
@@ -169,11 +170,14 @@ def save_checkpoint(
     When the new one is in place, the oldest beyond `save_total_limit` are removed, but not that of `keep_step`.
     Raises `CheckpointError` on every process if it cannot be written; the earlier ones are as they were.
     """
-    trained = trained_names(model)  # of weights with two names one
-    weights = {k: v for k, v in full_state_dict(model, trained_only=True).items() if k in trained}
     moments, options = {}, StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if _bare(optimizer).state:  # before its first step there is none, and torch would make some by a step of its own
-        moments = get_optimizer_state_dict(model, _bare(optimizer), options=options)
+    if is_zero(model):
+        weights, moments = gather_state(model)
+    else:
+        trained = trained_names(model)  # of weights with two names one
+        weights = {k: v for k, v in full_state_dict(model, trained_only=True).items() if k in trained}
+        if _bare(optimizer).state:  # before its first step it is empty, and torch would fill it by a step
+            moments = get_optimizer_state_dict(model, _bare(optimizer), options=options)
     final = folder / f"step-{state['step']}"
 
     def write(partial: Path) -> None:
@@ -219,6 +223,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
         moments = _join(load_file(path / "optimizer.safetensors"), rest, bare) if rest["groups"] else {}
     has_moments = on_main_process(accelerator, check)
+    if is_zero(model):
+        return scatter_state(model, weights, moments)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after a forward pass its outermost weights lie about whole

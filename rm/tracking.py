@@ -31,6 +31,7 @@ from rm.files import naming, write_text
 logger = logging.getLogger(__name__)
 
 HIDDEN = "[redacted]"
+START_GRACE = 30.0  # seconds to start a tracker, besides the server's
 SECRET_NAMES = {"token", "key", "apikey", "secret", "password", "passwd", "passphrase", "credential", "credentials"}
 TOKEN_KINDS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image"}  # eos_token is no secret
 COMMIT_NAMES = {"revision", "commit", "sha", "hash", "fingerprint"}  # 40 hexadecimal digits, but not an old W&B key
@@ -122,7 +123,7 @@ class RunLog:
                 plain = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in config.items()}
                 started = thread.call("start", self._start, name, project, plain, {})
             try:
-                started.result(timeout=init_timeout + 30)
+                started.result(timeout=init_timeout + START_GRACE)
                 self._threads[name] = thread
             except Exception:
                 logger.warning(f"{name}: does not start and is left out of this run; metrics.jsonl has everything")
@@ -275,7 +276,7 @@ class TrackerThread:
         if what not in self.warned:
             self.warned.add(what)
             logger.warning(f"{self.name}: {what} failed ({first_line(error)}); training goes on")
-        done.set_exception(error)
+        done.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))  # not to end the run
 
 
 def open_metrics(path: Path, resume_lines: int | None):

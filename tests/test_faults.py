@@ -8,6 +8,7 @@ import pytest
 from runs import SMALL, assert_same_bits, lines, record, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from wandb_stub import Stub
 
 LATEST = "--resume_from_checkpoint=latest"
 RUN = ["dataset_name=toy", *SMALL, "--max_steps=8", "--save_steps=2", "--output_dir=out"]
@@ -212,3 +213,61 @@ def test_killed_at_every_moment_of_writing_a_checkpoint(zygote, tmp_path):
         zygote.run(1, [*options, LATEST], tmp_path)
         assert_same_bits(tmp_path / "out", tmp_path / "whole")
         assert checkpoints(tmp_path / "out") == ["step-8"]
+
+
+# ------------------------------------------------------------------------------ trackers
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+LIMITS = """
+import rm.tracking
+rm.tracking.START_GRACE = {0} * 5
+rm.tracking.RunLog.__init__.__kwdefaults__.update(init_timeout={0}, finish_timeout={0})
+"""
+DYING_TRACKER = """
+import accelerate.tracking, time
+def fail(self, *args, **kwargs):
+    {how}
+accelerate.tracking.TensorBoardTracker.{method} = fail
+"""
+
+
+@pytest.fixture(scope="module")
+def untracked(zygote, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untracked")
+    zygote.run(1, [*RUN, "--eval_steps=4"], folder)
+    return folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "server",
+    [{"status": 401}, {"status": 500}, {"garbage": True}, {"hang": True}, {"lives": 3}, {"lives": 8}, None],
+    ids=["refuses", "breaks", "garbage", "hangs", "dies early", "dies late", "unreachable"],
+)
+def test_wandb_in_trouble_changes_nothing(zygote, untracked, tmp_path, server):
+    stub = Stub(**{name: value for name, value in (server or {}).items() if name != "hang"})
+    if server == {"hang": True}:
+        stub.hang.set()
+    url = stub.url if server else "http://127.0.0.1:9"
+    env = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "WANDB_MODE": "online", "WANDB_HTTP_TIMEOUT": "1"}
+    env |= {"HOME": str(tmp_path), "WANDB_SILENT": "false"}
+    limits = (
+        "import rm.tracking\nrm.tracking.RunLog.__init__.__kwdefaults__.update(init_timeout=3.0, finish_timeout=3.0)"
+    )
+    run = zygote.start([*RUN, "--eval_steps=4", "--report_to=wandb"], tmp_path, fault=limits, **env)
+    assert run.wait(60) == 0, run.stderr
+    assert_same_bits(untracked, tmp_path / "out")
+    assert KEY not in run.stderr + run.stdout and "Traceback" not in run.stderr
+    assert json.loads(run.stdout.strip().splitlines()[-1])["train/steps"] == 8
+    stub.close()
+
+
+@pytest.mark.parametrize("method", ["store_init_configuration", "log", "finish"])
+@pytest.mark.parametrize("how", ["raise OSError('gone')", "time.sleep(1000)", "raise SystemExit(1)"])
+def test_a_tracker_that_fails_or_hangs_changes_nothing(zygote, untracked, tmp_path, method, how):
+    fault = DYING_TRACKER.format(method=method, how=how) + LIMITS.format(1.0)
+    run = zygote.start([*RUN, "--eval_steps=4", "--report_to=tensorboard"], tmp_path, fault=fault)
+    assert run.wait(60) == 0, run.stderr
+    assert_same_bits(untracked, tmp_path / "out")
+    quiet = (method, how) == ("log", "time.sleep(1000)")
+    assert "tensorboard: " in run.stderr or quiet

@@ -8,10 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Stub:
     """`trials` are handed to an agent one after the other, then it is told to exit. A `status` other than 200 refuses
-    every request; `hang` leaves them unanswered."""
+    every request; `garbage` answers each with what is no JSON; `hang` leaves them unanswered. After `lives` requests
+    it is gone, if that is not None."""
 
-    def __init__(self, trials=(), sweep: str = "", status: int = 200):
+    def __init__(self, trials=(), sweep: str = "", status: int = 200, garbage: bool = False, lives: int | None = None):
         self.trials, self.issued, self.sweep, self.status = list(trials), 0, sweep, status
+        self.garbage, self.lives = garbage, lives
         self.hang = threading.Event()  # set: do not answer
         self.runs: dict[str, dict] = {}  # run id → what was said about it last
         self.history: dict[str, list[dict]] = {}  # run id → lines
@@ -80,6 +82,12 @@ class Stub:
 
             def do(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if stub.lives is not None:
+                    stub.lives -= 1
+                    if stub.lives < 0:
+                        self.close_connection = True
+                        threading.Thread(target=stub.close, daemon=True).start()
+                        return
                 while stub.hang.is_set():
                     threading.Event().wait(0.05)
                 if self.headers.get("Content-Encoding") == "gzip":
@@ -88,7 +96,7 @@ class Stub:
                     stub.hang.set()
                 is_json = self.command == "POST" and body.startswith(b"{")
                 answer = stub.answer(self.path, json.loads(body)) if is_json and stub.status == 200 else {}
-                data = json.dumps(answer).encode()
+                data = b"<html>{" if stub.garbage else json.dumps(answer).encode()
                 self.send_response(stub.status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))

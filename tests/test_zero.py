@@ -1,0 +1,85 @@
+"""DeepSpeed ZeRO on CPUs: trains, saves, exports and resumes as one process does. Needs `pip install deepspeed`."""
+
+import importlib.util
+import shutil
+
+import pytest
+from runs import SMALL, assert_same_bits, assert_same_run, lines
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+OPTIONS = [
+    "dataset_name=toy",
+    *SMALL,
+    "--micro_batch_tokens=300",
+    "--max_steps=6",
+    "--save_steps=3",
+    "--warmup_steps=2",
+]
+LORA = ["--use_peft", "--lora_target_modules=all-linear", "--lora_dropout=0", "--merge_adapter"]
+LATEST = "--resume_from_checkpoint=latest"
+
+
+@pytest.fixture(scope="module")
+def zero_zygote():
+    from zygote import Zygote
+
+    zygote = Zygote("deepspeed_on_cpu")
+    yield zygote
+    zygote.close()
+
+
+def interrupt(folder, copy):
+    """A copy of a run as it was after step 3."""
+    shutil.copytree(folder, copy)
+    (copy / "results.json").unlink()
+    shutil.rmtree(copy / "checkpoints" / "step-6")
+    return copy
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_trains_and_resumes_as_one_process(zero_zygote, zygote, tmp_path, pretrained, stage, lora):
+    options = [*OPTIONS, *(LORA if lora else []), f"--model_name_or_path={pretrained}"]
+    env = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+    zygote.run(1, [*options, "--output_dir=one"], tmp_path)
+    done = zero_zygote.run(2, [*options, "--output_dir=zero"], tmp_path, **env)
+    assert "export checked: 16 sequences" in done.stderr
+    assert_same_run(tmp_path / "one", tmp_path / "zero")
+
+    interrupt(tmp_path / "zero", tmp_path / "again")
+    zero_zygote.run(2, [*options, "--output_dir=again", LATEST], tmp_path, **env)
+    assert_same_bits(tmp_path / "zero", tmp_path / "again")
+    interrupt(tmp_path / "zero", tmp_path / "to-one")
+    zygote.run(1, [*options, "--output_dir=to-one", LATEST], tmp_path)
+    assert_same_run(tmp_path / "one", tmp_path / "to-one")
+    interrupt(tmp_path / "one", tmp_path / "from-one")
+    zero_zygote.run(3, [*options, "--output_dir=from-one", LATEST], tmp_path, **env)
+    assert_same_run(tmp_path / "one", tmp_path / "from-one")
+
+
+NAN = """
+import os, train_rm
+loss, calls = train_rm.pairwise_loss, []
+def nan_once(*args, **kwargs):
+    calls.append(1)
+    return loss(*args, **kwargs) * (float("nan") if len(calls) == 1 and os.environ["RANK"] == "1" else 1)
+train_rm.pairwise_loss = nan_once
+"""
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_a_step_that_is_not_finite_is_left_out(zero_zygote, tmp_path, stage):
+    options = [*OPTIONS, "--max_nonfinite_steps=1", "--save_steps=1", "--max_steps=2", "--output_dir=out"]
+    zero_zygote.run(2, options, tmp_path, fault=NAN, ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)
+    assert lines(tmp_path / "out", "optim/skipped_steps") == [1, 1]
+    from safetensors.torch import load_file
+
+    first, second = (load_file(tmp_path / f"out/checkpoints/step-{n}/optimizer.safetensors") for n in (1, 2))
+    assert not any(tensor.any() for name, tensor in first.items())
+    assert {int(tensor) for name, tensor in second.items() if name.endswith("/step")} == {1}
+
+
+def test_stage_0_is_refused(zero_zygote, tmp_path):
+    runs = zero_zygote.start_many(2, [*OPTIONS, "--output_dir=out"], tmp_path, ACCELERATE_DEEPSPEED_ZERO_STAGE="0")
+    assert [run.wait() for run in runs] == [2, 2] and "zero_stage: 0 gives no gradient norm" in runs[0].stderr
