@@ -48,10 +48,12 @@ from rm.load import DataError
 from rm.loss import pairwise_loss
 from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb
 from rm.metrics import Meter
-from rm.model import ModelError, RewardModel, add_lora, check_positions, compile_layers, load_classifier, load_tokenizer
+from rm.model import ModelError, RewardModel, check_positions, compile_layers
+from rm.pretrained import add_lora, load_classifier, load_tokenizer
 from rm.provenance import model_fingerprint, provenance
+from rm.redact import redact, redact_arguments, safe_line
 from rm.run_dir import RunDirError, claim_output_dir, find_start, open_output_dir, refuse_other_content
-from rm.tracking import RunLog, prepare_trackers, redact
+from rm.tracking import RunLog, prepare_trackers
 from rm.visualize_samples import visualize_samples
 
 logger = logging.getLogger("train_rm")
@@ -167,7 +169,7 @@ def main(argv: list[str]) -> dict:
         open_output_dir,
         config.output_dir,
         config.run_name,
-        names=(config.model_name_or_path, config.dataset_name),
+        names=(redact(config.model_name_or_path), redact(config.dataset_name)),
         may_hold_run=bool(config.overwrite_output_dir or config.resume_from_checkpoint),
     )
     output_dir, run_name = on_main_process(accelerator, open_dir)  # collective: clocks differ
@@ -517,7 +519,7 @@ def print_last(message: str) -> None:
     """Print to stderr, below the progress bar that an error has left half drawn."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(message, file=sys.stderr, flush=True)
+    print(safe_line(message), file=sys.stderr, flush=True)
 
 
 def run() -> int:
@@ -526,9 +528,11 @@ def run() -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     transformers.logging.set_verbosity_error()  # its reports say of a new head what we log in one line
     transformers.logging.disable_progress_bar()
+    argv = sys.argv[1:]
+    sys.argv[1:] = redact_arguments(argv)  # which results.json and W&B record
     try:
         with logging_redirect_tqdm():
-            main(sys.argv[1:])
+            main(argv)
         return 0
     except Stopped as stopped:
         print_last(str(stopped))

@@ -210,19 +210,21 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Collective; the main process reads and the others get it from there. Raises `CheckpointError` if the checkpoint
     lacks a trained weight.
     """
-    bare = _bare(optimizer)
+    bare, weights, moments = _bare(optimizer), {}, {}
 
-    def check() -> bool:
+    def read() -> bool:
+        try:
+            weights.update(load_file(path / "model.safetensors"))
+            rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
+            if rest["groups"]:
+                moments.update(_join(load_file(path / "optimizer.safetensors"), rest, bare))
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} is not a checkpoint of this program: {error}") from None
         if missing := sorted(trained_names(model) - weights.keys()):
             raise CheckpointError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
         return bool(moments)
 
-    weights, moments = {}, {}
-    if accelerator.is_main_process:
-        weights = load_file(path / "model.safetensors")
-        rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-        moments = _join(load_file(path / "optimizer.safetensors"), rest, bare) if rest["groups"] else {}
-    has_moments = on_main_process(accelerator, check)
+    has_moments = on_main_process(accelerator, read)
     if is_zero(model):
         return scatter_state(model, weights, moments)
     for module in model.modules():

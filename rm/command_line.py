@@ -15,6 +15,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rm.config import TINY_LLAMA, ConfigError, RewardConfig
+from rm.redact import HIDDEN
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -90,9 +91,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     """The typed options of one YAML file; `ConfigError` names the file and key of what is wrong."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        json.dumps(values, default=str)  # raises ValueError for an alias that stands inside of what it names
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ConfigError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # TypeError: a key that is a list
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
         raise ConfigError(f"{path}: expected `key: value` lines")
@@ -152,6 +154,9 @@ def parse_config(argv: list[str]) -> RewardConfig:
     for file in files:
         merged |= read_yaml(file)
     merged |= values
+    for key, value in merged.items():
+        if HIDDEN in str(value):
+            raise ConfigError(f"{key}: a secret in it was hidden when the config was written; give it again")
     for key, other in (("dataset_name", "model_name_or_path"), ("model_name_or_path", "dataset_name")):
         if merged.get(key, getattr(RewardConfig, key)) != getattr(RewardConfig, key) and other not in merged:
             raise ConfigError(

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
+from rm.redact import redact
+
 TINY_LLAMA = "configs/tiny_llama"
 
 Schedule = Literal[
@@ -178,9 +180,10 @@ class RewardConfig:
         if not c.use_peft:
             for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "merge_adapter"):
                 need(getattr(c, key) == defaults[key], key, "does nothing while use_peft is false")
-        if c.run_name is not None:
-            safe = Path(c.run_name).name == c.run_name and c.run_name not in ("", ".", "..")
-            need(safe, "run_name", "must be a plain name, not a path (use output_dir for a folder)")
+        for key in ("run_name", "project"):  # both become folders
+            name = getattr(c, key)
+            safe = name is None or Path(name).name == name and name not in ("", ".", "..")
+            need(safe, key, "must be a plain name, not a path (use output_dir for a folder)")
 
     def global_batch_size(self, num_processes: int) -> int:
         """Pairs per optimizer step over all processes, from either way of saying it."""
@@ -190,7 +193,8 @@ class RewardConfig:
         return self.train_batch_size or 64
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        """The configuration as YAML that reads back, without secrets (`parse_config` refuses what was hidden)."""
+        return yaml.safe_dump(redact(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
 
     def resolved(self, num_processes: int, mixed_precision: str) -> dict[str, Any]:
         """All options as a dict, with what the launcher decides filled in: for the record, and to compare runs by."""

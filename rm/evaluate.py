@@ -25,7 +25,9 @@ from rm.data import Pairs, load_pairs, tokenize_pairs
 from rm.forward import LayoutError, concatenated_forward, resolve_layout
 from rm.load import DataError, load_raw
 from rm.metrics import evaluation_metrics
-from rm.model import ModelError, RewardModel, check_positions, load_tokenizer, load_trained, use_cpu_kernel
+from rm.model import ModelError, RewardModel, check_positions, use_cpu_kernel
+from rm.pretrained import load_tokenizer, load_trained
+from rm.redact import safe_line
 
 
 def pair_lengths(dataset) -> PairLengths:
@@ -173,4 +175,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, ModelError, LayoutError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print(safe_line(f"error: {error}"), file=sys.stderr) or 2)

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
 from rm.files import GO_ON
-from rm.model import RewardModel, load_trained
+from rm.model import RewardModel
+from rm.pretrained import load_trained
 
 logger = logging.getLogger(__name__)
 

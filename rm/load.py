@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 from datasets import Dataset, DatasetDict
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError
 
 from rm.toy import toy_dataset
 
@@ -22,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 TOY_PAIRS = {"train": 8000, "test": 1000}
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+EXTENSIONS = ".json, .jsonl, .parquet or .csv (also with .gz)"
+
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # they log what they raise, and we report it
 
 
 class DataError(ValueError):
@@ -101,12 +107,14 @@ def _open(name: str, config: str | None, split: str, max_samples: int | None, se
         if split not in TOY_PAIRS:
             raise MissingSplit(name, split, list(TOY_PAIRS))
         return Source(toy_dataset(split, max_samples or TOY_PAIRS[split], seed), f"toy, split {split}")
+    if "://" in name:
+        raise DataError(f"{name}: is a URL; download the file and give its path")
     path = Path(name).expanduser()
     is_local = path.exists() or path.is_absolute() or name.startswith((".", "~")) or _extension(path) in BUILDERS
     if is_local and not path.exists():
         raise DataError(f"{name}: there is no such file or folder")
     if path.is_file() and _extension(path) not in BUILDERS:
-        raise DataError(f"{name}: unknown extension; use .json, .jsonl, .parquet or .csv (also with .gz)")
+        raise DataError(f"{name}: unknown extension; use {EXTENSIONS}")
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"{name}: the file is empty")
     try:
@@ -121,8 +129,12 @@ def _open(name: str, config: str | None, split: str, max_samples: int | None, se
         if not is_local:
             hub = f"no local file or folder, and the hub does not give it: {one_line(error)}"
             raise DataError(f"{name}: {hub}") from error
-        where = _first_bad_line(path) if _extension(path) in (".json", ".jsonl") and path.is_file() else None
-        raise DataError(f"{name}{where or ': cannot be read: ' + one_line(error)}") from error
+        if isinstance(error, (EmptyDatasetError, DataFilesNotFoundError)) and path.is_dir():
+            raise DataError(f"{name}: the folder holds no data files; use {EXTENSIONS}") from error
+        files = [path] if path.is_file() else sorted(path.rglob("*.jsonl*"))
+        files = [file for file in files if _extension(file) in (".json", ".jsonl")]
+        found = (_first_bad_row(file, name if file == path else str(file)) for file in files)
+        raise DataError(next(filter(None, found), f"{name}: cannot be read: {one_line(error)}")) from error
     return Source(dataset, name if path.is_file() else f"{name}, split {split}", files)
 
 
@@ -162,24 +174,27 @@ def one_line(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, StopIteration):  # what the JSON reader raises where there is nothing to read
         return "the file is empty"
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    fix = "; write the file in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+    return " ".join(f"{type(error).__name__}: {error}{fix}".split())
 
 
-def _first_bad_line(path: Path) -> str | None:
-    """Where and why the fast reader refused a file of JSON lines, as ", row N: ...", by a slow second reading."""
-    row = 0
+def _first_bad_row(path: Path, name: str) -> str | None:
+    """Where and why the fast reader refused a JSON file, as "NAME, row N: ...", by a slow second reading."""
+    row = None
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for line in filter(bytes.strip, file):
-                if row == 0 and line.lstrip()[:1] == b"[":  # one array: the reader's own message has to do
-                    return None
-                value = json.loads(line.decode())
+            if file.peek(1)[:1] == b"[":
+                values = json.loads(file.read().decode())
+            else:
+                values = (json.loads(line.decode()) for line in file if line.strip())
+            row = 0
+            for value in values:
                 json.dumps(value, ensure_ascii=False).encode()  # finds lone surrogates
                 if not isinstance(value, dict):
-                    return f", row {row}: is not an object with keys"
+                    return f"{name}, row {row}: is not an object with keys"
                 row += 1
     except Exception as error:
-        return f", row {row}: cannot be read: {one_line(error)}"
+        return f"{name}{'' if row is None else f', row {row}'}: cannot be read: {one_line(error)}"
     return None
 
 
@@ -198,7 +213,10 @@ def check_late_rows(source: Source, columns: set[str]) -> None:
         if _extension(file) not in (".json", ".jsonl"):
             continue
         with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-            if stream.peek(1)[:1] == b"[":  # an array is read in one part
+            if stream.peek(1)[:1] == b"[":  # read in one part, by a reader that takes a lone surrogate for nothing
+                name = source.name if len(source.files) == 1 else str(file)
+                if re.search(rb"\\u[dD][89a-fA-F]", stream.read()) and (bad := _first_bad_row(file, name)):
+                    raise DataError(bad)
                 continue
             row = 0
             try:

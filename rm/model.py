@@ -5,31 +5,14 @@ Shape suffixes: R rows, L tokens, N sequences, D hidden.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import find_adapter_config_file
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rm.attention import SDPA_BY_TREE
-
-logger = logging.getLogger(__name__)
-
-LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
-PAD_TOKEN = "<|reward_pad|>"
-PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
 
 class ModelError(ValueError):
@@ -98,147 +81,6 @@ class RewardModel(nn.Module):
             return self.bare.score(hidden_ND).float()[:, 0].clone()  # FSDP2 can lose the hook of a view
 
 
-# ---------------------------------------------------------------------------------------------- tokenizer
-
-
-def load_tokenizer(
-    name: str, *, revision: str = "main", trust_remote_code: bool = False, chat_template_path: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right with a token that is not EOS.
-
-    With pad == EOS, transformers' pooling takes the last token before EOS, so that the served model scores a sequence
-    one token early. A special token of the vocabulary that is not used otherwise is chosen; if there is none, one is
-    added.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no tokenizer could be loaded from '{name}': {_first_line(error)}") from None
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values()}
-        free = [t for t in PAD_CANDIDATES if t in special and t not in (tokenizer.eos_token, tokenizer.bos_token)]
-        tokenizer.add_special_tokens({"pad_token": free[0] if free else PAD_TOKEN})
-        origin = "of the vocabulary" if free else "added"
-        logger.info(f"pad token: {tokenizer.pad_token!r} ({origin}; it must not be EOS)")
-    if chat_template_path is not None:
-        tokenizer.chat_template = _read_chat_template(chat_template_path)
-    return tokenizer
-
-
-def _read_chat_template(path: str) -> str:
-    if Path(path).is_file():
-        return Path(path).read_text(encoding="utf-8")
-    try:
-        template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
-    except (OSError, ValueError, KeyError):
-        template = None
-    if template is None:
-        raise ModelError(f"chat_template_path='{path}' is neither a Jinja file nor a tokenizer with a chat template")
-    return template
-
-
-# ---------------------------------------------------------------------------------------------- loading
-
-
-def load_classifier(
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    revision: str = "main",
-    dtype: str = "float32",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    disable_dropout: bool = True,
-    gradient_checkpointing: bool = False,
-) -> PreTrainedModel:
-    """A sequence classifier with one float32 output from a causal LM, a reward model, an encoder, or a bare config.
-
-    An existing reward model keeps its head. A new head is drawn from N(0, 1/(d+1)) (Stiennon et al. 2020), from `seed`.
-    """
-    options = dict(revision=revision, trust_remote_code=trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no model could be loaded from '{name}': {_first_line(error)}") from None
-    is_classifier = any("SequenceClassification" in a for a in config.architectures or [])
-    if is_classifier and config.num_labels != 1 and not _has_no_weights(name):
-        raise ModelError(f"'{name}' is a classifier with {config.num_labels} labels; a reward model has 1")
-    config.num_labels = 1
-
-    torch.manual_seed(seed)  # before any weight is drawn
-    options |= dict(config=config, dtype=dtype)
-    if attn_implementation:
-        options["attn_implementation"] = attn_implementation
-    try:
-        if _has_no_weights(name):
-            logger.info(f"'{name}' holds no weights: initialised from its config")
-            options.pop("revision")
-            options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-            model = AutoModelForSequenceClassification.from_config(options.pop("config"), **options)
-            head_is_new, drawn = True, set()
-        else:
-            model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)
-            prefix = model.base_model_prefix + "."
-            head_is_new = any(not key.startswith(prefix) for key in info["missing_keys"])
-            missing = [key for key in info["missing_keys"] if key.startswith(prefix) and "pooler" not in key]
-            if missing:
-                raise ModelError(f"'{name}' lacks {len(missing)} weights, among them {missing[0]}")
-            drawn = {"pooler" if "pooler" in key else key.split(".")[0] for key in info["missing_keys"]}
-    except LOAD_ERRORS as error:
-        raise ModelError(f"'{name}' could not be loaded as a reward model: {_first_line(error)}") from None
-
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    model.drawn_modules = sorted(drawn)  # not in the checkpoint: an adapter must hold them
-    head = find_head(model)
-    if head_is_new:
-        torch.manual_seed(seed)  # the head depends on the seed alone, whatever was drawn for other layers
-        nn.init.normal_(head.weight, std=1 / (head.in_features + 1) ** 0.5)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
-        logger.info(f"new reward head: {head.in_features} -> 1, drawn from seed {seed}")
-    else:
-        logger.info("reward head: kept from the loaded model")
-    if disable_dropout:
-        _disable_dropout(model)
-    if attn_implementation is None:
-        use_cpu_kernel(model)
-    if gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it")
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def load_trained(
-    name: str, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "auto", trust_remote_code: bool = False
-) -> nn.Module:
-    """What a run saved, as plain transformers or PEFT load it: a sequence classifier, or a PEFT model of an adapter.
-
-    An adapter holds neither the pad token, by which transformers finds a sequence's last token, nor the type of the
-    weights under it: the first is set from `tokenizer`, the second is `dtype`, that of the training. Raises
-    `ModelError` if the model has no trained reward head.
-    """
-    options = dict(dtype=dtype, trust_remote_code=trust_remote_code)
-    try:
-        if find_adapter_config_file(name) is not None:
-            from peft import AutoPeftModelForSequenceClassification
-
-            model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, **options)
-            model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-            return model
-        options["output_loading_info"] = True
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
-    except LOAD_ERRORS as error:
-        raise ModelError(f"'{name}' could not be loaded as a reward model: {_first_line(error)}") from None
-    if info["missing_keys"] or model.config.num_labels != 1:
-        raise ModelError(f"'{name}' is not a trained reward model: it has no head with one output")
-    return model
-
-
 def use_cpu_kernel(model: PreTrainedModel) -> None:
     """Without an accelerator, attend tree by tree where transformers would choose `sdpa` (`rm.attention`)."""
     if not torch.accelerator.is_available() and model.config._attn_implementation == "sdpa":
@@ -272,12 +114,6 @@ def check_positions(model: RewardModel, longest: int) -> None:
         raise ModelError(f"sequences have up to {longest} tokens, the model {limit} positions: set max_length")
 
 
-def _has_no_weights(name: str) -> bool:
-    folder = Path(name)
-    patterns = ("*.safetensors", "*.bin", "*.index.json")
-    return (folder / "config.json").is_file() and not any(list(folder.glob(p)) for p in patterns)
-
-
 def find_head(model: nn.Module) -> nn.Linear:
     """The last linear layer of a sequence classifier: `score` of decoders, `classifier` of encoders."""
     for name in ("score", "classifier", "classifier.out_proj", "classification_head.out_proj"):
@@ -289,48 +125,3 @@ def find_head(model: nn.Module) -> nn.Linear:
         if isinstance(head, nn.Linear):
             return head
     raise ModelError(f"{type(model).__name__} has no linear head named score or classifier")
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Set dropout to 0 in modules and in the float attributes that functional attention reads (`attention_dropout`)."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def add_lora(
-    model: PreTrainedModel,
-    *,
-    r: int,
-    alpha: int,
-    dropout: float,
-    target_modules: str | list[str] | None,
-    revision: str = "main",
-) -> nn.Module:
-    """Wrap `model` in a LoRA adapter whose head is trained in full (`task_type=SEQ_CLS` does that)."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    if _has_no_weights(model.config._name_or_path):
-        raise ModelError(f"use_peft needs a model with weights to adapt; '{model.config._name_or_path}' has none")
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        modules_to_save=model.drawn_modules or None,
-    )
-    try:
-        adapted = get_peft_model(model, lora, revision=None if revision == "main" else revision)
-    except ValueError as error:
-        raise ModelError(f"lora_target_modules={target_modules!r}: {_first_line(error)}") from None
-    if not find_head(adapted.get_base_model()).weight.requires_grad:
-        raise ModelError("the reward head is not trainable under this adapter")
-    return adapted

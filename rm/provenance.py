@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rm.redact import redact, redact_arguments
+
 PASSING = ("_name_or_path", "architectures", "transformers_version")  # in a model's configuration, no part of it
 PACKAGES = ("torch", "accelerate", "transformers", "datasets", "peft", "wandb", "tokenizers")
 
@@ -40,13 +42,16 @@ def git(*arguments: str) -> str | None:
 
 
 def provenance() -> dict:
-    """The command, the commit and what differs from it, package versions, and the machine; for `results.json`."""
+    """The command, the commit and what differs from it, package versions, and the machine; for `results.json`.
+
+    Without secrets (`rm.redact`).
+    """
     machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count()}
     machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": sys.argv,
+        "command": redact_arguments(sys.argv),
         "git_commit": git("rev-parse", "HEAD"),
-        "git_diff": git("diff", "HEAD"),
+        "git_diff": redact(git("diff", "HEAD")),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": machine,
     }

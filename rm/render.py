@@ -6,17 +6,26 @@ It runs in the workers of a `datasets` map, so a wrong row raises `RowError`, wh
 import contextlib
 import json
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 
 from rm.load import one_line
 
 SIDES = ("chosen", "rejected")
-TEMPLATE_ERRORS = (jinja2.TemplateError, AttributeError, KeyError, TypeError, ValueError)
+RENDER_SECONDS = 20  # for the texts of one side of one piece (`rm.encode.PIECE`); a real template takes 0.1
+RENDER_BYTES = 4 << 30  # which a template may add to the process
+ADDED_CHARACTERS = 1_000_000  # by which a text may be longer than 10 times its messages
+
+
+class OutOfTime(BaseException):
+    """The template runs too long. No `Exception`, so that nothing on the way catches it."""
 
 
 class RowError(Exception):
@@ -171,16 +180,77 @@ def _template_variables(batch, rows: list[int], recipe: Recipe) -> list[dict]:
 
 
 def _render(conversations: list, variables: list[dict], rows: list[int], tokenizer) -> list[str]:
+    """The texts. A template comes with the model and may loop or grow for ever: it gets a time and a memory."""
+    try:
+        with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
+            return _render_all(conversations, variables, rows, tokenizer)
+    except OutOfTime:
+        fix = "give another one by chat_template_path"
+        why = f"the chat template takes more than {RENDER_SECONDS} s for the {len(rows)} conversations from here; {fix}"
+        raise RowError(rows[0], why) from None
+
+
+def _render_all(conversations: list, variables: list[dict], rows: list[int], tokenizer) -> list[str]:
+    texts = None
     if all(kwargs == variables[0] for kwargs in variables):  # all in one call
-        with contextlib.suppress(*TEMPLATE_ERRORS):  # they come again below, and there the row is known
-            return tokenizer.apply_chat_template(conversations, tokenize=False, **variables[0])
-    texts = []
-    for row, conversation, kwargs in zip(rows, conversations, variables, strict=True):
-        try:
-            texts.append(tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs))
-        except TEMPLATE_ERRORS as error:
-            raise RowError(row, f"the chat template refuses the messages: {one_line(error)}") from error
+        with contextlib.suppress(Exception):  # it comes again below, and there the row is known
+            texts = tokenizer.apply_chat_template(conversations, tokenize=False, **variables[0])
+    if texts is None:
+        texts = []
+        for row, conversation, kwargs in zip(rows, conversations, variables, strict=True):
+            try:
+                texts.append(tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs))
+            except MemoryError:
+                raise RowError(row, f"the chat template needs more than {RENDER_BYTES >> 20} MiB of memory") from None
+            except Exception as error:  # what Jinja raises, and what a template can make Python raise
+                raise RowError(row, f"the chat template refuses the messages: {one_line(error)}") from error
+    for row, text, *given in zip(rows, texts, conversations, variables, strict=True):
+        if len(text) > ADDED_CHARACTERS and len(text) > ADDED_CHARACTERS + 10 * len(str(given)):
+            raise RowError(row, f"the chat template makes {len(text):,} characters of {len(str(given)):,}")
     return texts
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTime` inside after `seconds`. Only the main thread can have that, and not on Windows."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again: Python drops what is raised in a destructor
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def memory_limit(extra: int) -> Iterator[None]:
+    """Have allocations that would add more than `extra` bytes to the process raise `MemoryError`. Linux only.
+
+    What is limited is data (writable private memory), and not address space, of which CUDA and idle threads take a lot.
+    """
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = pages * resource.getpagesize() + extra
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 # ---------------------------------------------------------------- for a person to read

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import queue
-import re
 import shutil
 import signal
 import threading
@@ -27,16 +26,11 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from rm.files import naming, write_text
+from rm.redact import redact
 
 logger = logging.getLogger(__name__)
 
-HIDDEN = "[redacted]"
 START_GRACE = 30.0  # seconds to start a tracker, besides the server's
-SECRET_NAMES = {"token", "key", "apikey", "secret", "password", "passwd", "passphrase", "credential", "credentials"}
-TOKEN_KINDS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image"}  # eos_token is no secret
-COMMIT_NAMES = {"revision", "commit", "sha", "hash", "fingerprint"}  # 40 hexadecimal digits, but not an old W&B key
-OLD_WANDB_KEY = r"\b[0-9a-f]{40}\b"
-SECRET_VALUES = r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v\d_\w{20,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"  # the last: user:password@
 
 
 def prepare_trackers(report_to: str | list[str] | None) -> list[str]:
@@ -58,26 +52,6 @@ def prepare_trackers(report_to: str | list[str] | None) -> list[str]:
             problem = "is not installed" if name in LoggerType else "is not a tracker that Accelerate knows"
             raise ValueError(f"report_to: {name!r} {problem}; installed: {', '.join(installed) or 'no tracker'}")
     return [] if "none" in names else installed if "all" in names else names
-
-
-def redact(value: Any, name: str = "") -> Any:
-    """A copy of `value` (a config) without secrets, at any depth; `name` is what it is called.
-
-    Hidden are texts and collections under a name with a word such as token, key, secret or password (`hub_token`,
-    `apiKey`; not `eos_token`, not `micro_batch_tokens`), and hub tokens, W&B keys and `user:password@` in any text.
-    """
-    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
-    is_secret = words & SECRET_NAMES and not ("token" in words and words & TOKEN_KINDS)
-    if is_secret and value and isinstance(value, (str, dict, list, tuple)):
-        return HIDDEN
-    if isinstance(value, dict):
-        return {key: redact(item, str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item, name) for item in value]
-    if isinstance(value, str):
-        value = re.sub(SECRET_VALUES, HIDDEN, value)
-        return value if words & COMMIT_NAMES else re.sub(OLD_WANDB_KEY, HIDDEN, value)
-    return value
 
 
 class RunLog:

@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: no network, no tracker account, tiny models from configs."""
 
 import json
+import logging
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -176,5 +178,45 @@ def train(tmp_path, monkeypatch, capsys):
                 signal.signal(number, handler)
         assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == summary
         return summary, folder
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def same_log_level():
+    """The program sets the level of the root logger; the next test starts with the one before."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """fails(*options) → the one line with which the program ends, with exit code 2; module: another program."""
+    import datasets
+    from runs import SMALL, reset_accelerate
+
+    import train_rm
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def run(*options: str, module: str | None = None) -> str:
+        reset_accelerate()
+        if module is None:
+            some = ["dataset_name=toy", *SMALL, "--max_train_samples=none", "--max_eval_samples=none"]
+            monkeypatch.setattr(sys, "argv", ["train_rm.py", *some, "--output_dir=out", *options])
+            code = train_rm.run()
+        else:
+            monkeypatch.setattr(sys, "argv", [module, *options])
+            with pytest.raises(SystemExit) as end:
+                runpy.run_module(module, run_name="__main__")
+            code = end.value.code
+        err = capsys.readouterr().err
+        lines = err.strip().splitlines()
+        assert code == 2, err
+        assert "Traceback" not in err and [line for line in lines if "rror" in line] == lines[-1:], err
+        assert lines[-1].startswith("error: ") and len(lines[-1]) < 600
+        return lines[-1].removeprefix("error: ")
 
     return run

@@ -18,7 +18,8 @@ from rm.checkpoint import full_state_dict
 from rm.collate import collate
 from rm.export import ExportError, save_model, verify_export
 from rm.forward import concatenated_forward
-from rm.model import RewardModel, add_lora, load_classifier, load_tokenizer, load_trained
+from rm.model import RewardModel
+from rm.pretrained import add_lora, load_classifier, load_tokenizer, load_trained
 
 
 def with_eos(pairs):

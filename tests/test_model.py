@@ -5,16 +5,8 @@ import torch
 from conftest import COMMON, EOS, ROOT, tiny_classifier
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rm.model import (
-    PAD_TOKEN,
-    ModelError,
-    RewardModel,
-    add_lora,
-    check_positions,
-    find_head,
-    load_classifier,
-    load_tokenizer,
-)
+from rm.model import ModelError, RewardModel, check_positions, find_head
+from rm.pretrained import PAD_TOKEN, add_lora, load_classifier, load_tokenizer
 
 TINY_LLAMA = str(ROOT / "configs" / "tiny_llama")
 

@@ -47,7 +47,8 @@ def run_trl(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
 def load_ours(args: argparse.Namespace):
     from transformers import AutoTokenizer
 
-    from rm.model import RewardModel, load_trained, use_cpu_kernel
+    from rm.model import RewardModel, use_cpu_kernel
+    from rm.pretrained import load_trained
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = RewardModel(load_trained(args.model, tokenizer))
@@ -136,7 +137,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     """A model folder with head and pad token for all; chunks of pairs, and of prompts with N answers."""
     from rm.data import tokenize_pairs
     from rm.load import load_raw
-    from rm.model import load_classifier, load_tokenizer
+    from rm.pretrained import load_classifier, load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     load_classifier(args.model, tokenizer, seed=42).save_pretrained(folder / "model")

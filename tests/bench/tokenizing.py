@@ -46,7 +46,7 @@ def run_ours(turn: Turn, args: argparse.Namespace) -> None:
 
     from rm.data import tokenize_pairs
     from rm.load import load_raw
-    from rm.model import load_tokenizer
+    from rm.pretrained import load_tokenizer
 
     datasets.config.HF_DATASETS_CACHE = Path(args.folder, "cache")
     tokenizer = load_tokenizer(args.model)

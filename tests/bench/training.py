@@ -156,7 +156,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     from rm.batching import StepPlan
     from rm.data import load_pairs
     from rm.evaluate import pair_lengths
-    from rm.model import load_classifier, load_tokenizer
+    from rm.pretrained import load_classifier, load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     classifier = load_classifier(args.model, tokenizer, seed=42)

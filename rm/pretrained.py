@@ -1,0 +1,269 @@
+"""Tokenizer and model from a folder or the hub: pad token, head, LoRA; and what is wrong with them, in one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import find_adapter_config_file
+
+from rm.model import ModelError, find_head, use_cpu_kernel
+
+logger = logging.getLogger(__name__)
+
+MAX_REASON = 300  # characters of a library's message
+PAD_TOKEN = "<|reward_pad|>"
+PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer
+
+
+def load_tokenizer(
+    name: str, *, revision: str = "main", trust_remote_code: bool = False, chat_template_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right with a token that is not EOS.
+
+    With pad == EOS, transformers' pooling takes the last token before EOS, so that the served model scores a sequence
+    one token early. A special token of the vocabulary that is not used otherwise is chosen; if there is none, one is
+    added.
+    """
+    _check_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a broken file makes the libraries raise almost anything
+        reason = _why(name, error)
+        if Path(name).is_dir() and not any(list(Path(name).glob(p)) for p in ("*token*", "vocab*", "*.model")):
+            reason = "the folder has no tokenizer files; copy those of the base model into it"
+        raise ModelError(f"no tokenizer could be loaded from '{name}': {reason}") from None
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values()}
+        free = [t for t in PAD_CANDIDATES if t in special and t not in (tokenizer.eos_token, tokenizer.bos_token)]
+        tokenizer.add_special_tokens({"pad_token": free[0] if free else PAD_TOKEN})
+        origin = "of the vocabulary" if free else "added"
+        logger.info(f"pad token: {tokenizer.pad_token!r} ({origin}; it must not be EOS)")
+    if chat_template_path is not None:
+        tokenizer.chat_template = _read_chat_template(chat_template_path)
+    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if Path(template).name != template:  # it is saved under that name, which transformers refuses after the run
+            raise ModelError(f"'{name}': its chat template {template!r} has a path for a name; set chat_template_path")
+    return tokenizer
+
+
+def _read_chat_template(path: str) -> str:
+    if Path(path).is_file():
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"chat_template_path='{path}' cannot be read: {error}; write it in UTF-8") from None
+    try:
+        template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
+        reason = ""
+    except Exception as error:
+        template, reason = None, f" ({_why(path, error)})" if Path(path).is_dir() else ""
+    if template is None:
+        problem = f"is neither a Jinja file nor a tokenizer with a chat template{reason}"
+        raise ModelError(f"chat_template_path='{path}' {problem}")
+    return template
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_classifier(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    revision: str = "main",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    disable_dropout: bool = True,
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """A sequence classifier with one float32 output from a causal LM, a reward model, an encoder, or a bare config.
+
+    An existing reward model keeps its head. A new head is drawn from N(0, 1/(d+1)) (Stiennon et al. 2020), from `seed`.
+    """
+    options = dict(revision=revision, trust_remote_code=trust_remote_code)
+    _check_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except Exception as error:
+        raise ModelError(f"no model could be loaded from '{name}': {_why(name, error)}") from None
+    is_classifier = any("SequenceClassification" in a for a in config.architectures or [])
+    if is_classifier and config.num_labels != 1 and not _has_no_weights(name):
+        raise ModelError(f"'{name}' is a classifier with {config.num_labels} labels; a reward model has 1")
+    config.num_labels = 1
+
+    torch.manual_seed(seed)  # before any weight is drawn
+    options |= dict(config=config, dtype=dtype)
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    try:
+        if _has_no_weights(name):
+            logger.info(f"'{name}' holds no weights: initialised from its config")
+            options.pop("revision")
+            options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+            model = AutoModelForSequenceClassification.from_config(options.pop("config"), **options)
+            head_is_new, drawn = True, set()
+        else:
+            model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)
+            prefix = model.base_model_prefix + "."
+            head_is_new = any(not key.startswith(prefix) for key in info["missing_keys"])
+            missing = [key for key in info["missing_keys"] if key.startswith(prefix) and "pooler" not in key]
+            if missing:
+                raise ModelError(f"'{name}' lacks {len(missing)} weights, among them {missing[0]}")
+            drawn = {"pooler" if "pooler" in key else key.split(".")[0] for key in info["missing_keys"]}
+    except Exception as error:
+        raise ModelError(f"'{name}' could not be loaded as a reward model: {_why(name, error)}") from None
+
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    model.drawn_modules = sorted(drawn)  # not in the checkpoint: an adapter must hold them
+    head = find_head(model)
+    if head_is_new:
+        torch.manual_seed(seed)  # the head depends on the seed alone, whatever was drawn for other layers
+        nn.init.normal_(head.weight, std=1 / (head.in_features + 1) ** 0.5)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+        logger.info(f"new reward head: {head.in_features} -> 1, drawn from seed {seed}")
+    else:
+        logger.info("reward head: kept from the loaded model")
+    if disable_dropout:
+        _disable_dropout(model)
+    if attn_implementation is None:
+        use_cpu_kernel(model)
+    if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it")
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def load_trained(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> nn.Module:
+    """What a run saved, as plain transformers or PEFT load it: a sequence classifier, or a PEFT model of an adapter.
+
+    An adapter holds neither the pad token, by which transformers finds a sequence's last token, nor the type of the
+    weights under it: the first is set from `tokenizer`, the second is `dtype`, that of the training. Raises
+    `ModelError` if the model has no trained reward head.
+    """
+    options = dict(dtype=dtype, trust_remote_code=trust_remote_code)
+    _check_folder(name)
+    try:
+        if (adapter := find_adapter_config_file(name)) is not None:
+            base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+            _check_folder(base or name)
+            from peft import AutoPeftModelForSequenceClassification
+
+            model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, **options)
+            model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+            return model
+        options["output_loading_info"] = True
+        model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
+    except Exception as error:
+        raise ModelError(f"'{name}' could not be loaded as a reward model: {_why(name, error)}") from None
+    if info["missing_keys"] or model.config.num_labels != 1:
+        raise ModelError(f"'{name}' is not a trained reward model: it has no head with one output")
+    return model
+
+
+def _has_no_weights(name: str) -> bool:
+    folder = Path(name)
+    patterns = ("*.safetensors", "*.bin", "*.index.json")
+    return (folder / "config.json").is_file() and not any(list(folder.glob(p)) for p in patterns)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Set dropout to 0 in modules and in the float attributes that functional attention reads (`attention_dropout`)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _check_folder(name: str) -> None:
+    """Raise `ModelError` for what can only be a folder and is none: the hub's message would be about names of repos."""
+    is_local = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1 or Path(name).is_file()
+    if is_local and not Path(name).is_dir():
+        raise ModelError(f"'{name}': there is no such folder; give a model's folder or its name on the hub")
+
+
+def _why(name: str, error: Exception) -> str:
+    """What is wrong with the model `name`, in one line, from what a library raised while it was loaded."""
+    for file in ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json"):
+        try:
+            if not isinstance(json.loads((Path(name) / file).read_text(encoding="utf-8")), dict):
+                return f"{file} is not a JSON object"
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as problem:
+            return f"{file} cannot be read: {problem}"
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("config.json", "adapter_config.json")):
+        return "the folder has no config.json"
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which was not run; read it, then allow it with trust_remote_code=true"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says"
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle that is more than tensors, and was not run; weights must be safetensors"
+    if isinstance(error, SafetensorError):
+        return f"its safetensors file is broken, download it again ({_in_one_line(error)})"
+    return _in_one_line(error)
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) or not text:
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= MAX_REASON else text[:MAX_REASON] + " ..."
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: str | list[str] | None,
+    revision: str = "main",
+) -> nn.Module:
+    """Wrap `model` in a LoRA adapter whose head is trained in full (`task_type=SEQ_CLS` does that)."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    if _has_no_weights(model.config._name_or_path):
+        raise ModelError(f"use_peft needs a model with weights to adapt; '{model.config._name_or_path}' has none")
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        modules_to_save=model.drawn_modules or None,
+    )
+    try:
+        adapted = get_peft_model(model, lora, revision=None if revision == "main" else revision)
+    except ValueError as error:
+        raise ModelError(f"lora_target_modules={target_modules!r}: {_in_one_line(error)}") from None
+    if not find_head(adapted.get_base_model()).weight.requires_grad:
+        raise ModelError("the reward head is not trainable under this adapter")
+    return adapted

@@ -1,0 +1,70 @@
+"""Configs, command lines and texts without the secrets in them: whatever is written, shown or uploaded goes by here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+HIDDEN = "[redacted]"
+SECRET_NAMES = {"token", "key", "apikey", "secret", "password", "passwd", "passphrase", "credential", "credentials"}
+TOKEN_KINDS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image"}  # eos_token is no secret
+COMMIT_NAMES = {"revision", "commit", "sha", "hash", "fingerprint"}  # 40 hexadecimal digits, but not an old W&B key
+OLD_WANDB_KEY = r"\b[0-9a-f]{40}\b"
+SECRET_VALUES = r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v\d_\w{20,}|(?<=://)[^/\s'\"]+(?=@)"  # the last: user:password@
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """A copy of `value` (a config) without secrets, at any depth; `name` is what it is called.
+
+    Hidden are texts and collections under a name with a word such as token, key, secret or password (`hub_token`,
+    `apiKey`; not `eos_token`, not `micro_batch_tokens`), and hub tokens, W&B keys and `user:password@` in any text.
+    """
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    is_secret = words & SECRET_NAMES and not ("token" in words and words & TOKEN_KINDS)
+    if is_secret and value and isinstance(value, (str, dict, list, tuple)):
+        return HIDDEN
+    if isinstance(value, dict):
+        return {redact(key): redact(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(item, name) for item in value]
+    if isinstance(value, str):
+        value = re.sub(SECRET_VALUES, HIDDEN, value)
+        return value if words & COMMIT_NAMES else re.sub(OLD_WANDB_KEY, HIDDEN, value)
+    return value
+
+
+def redact_arguments(argv: list[str]) -> list[str]:
+    """A command line without secrets: `--key=value`, `key=value` and `--key value` are hidden as `redact` does it."""
+    hidden, name = [], ""
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            name = key
+            argument = redact(key) + equals + _redact_literal(value, key)
+        else:
+            argument = redact(argument, name)  # `value` of the option before it, if it had none
+            key, equals, value = argument.partition("=")
+            argument = key + equals + _redact_literal(value, key) if equals else _redact_literal(argument, name)
+        hidden.append(argument)
+    return hidden
+
+
+def _redact_literal(text: str, name: str) -> str:
+    """`text` redacted; if it is a dict or a list, as the command line takes them, by the names inside of it."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, (dict, list, tuple)):
+            hidden = redact(value, name)
+            same = json.dumps(hidden, default=str) == json.dumps(value, default=str)
+            return text if same else hidden if hidden == HIDDEN else json.dumps(hidden, default=str)
+    return redact(text, name)
+
+
+def safe_line(message: str) -> str:
+    """`message` for a terminal: one line without secrets, and without what moves the cursor or changes colours."""
+    return redact("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
