@@ -289,10 +289,10 @@ def main(argv: list[str]) -> dict:
         f"{accelerator.num_processes} x {accelerator.device.type}, {config.micro_batch_tokens} tokens a forward pass"
     )
     meter = Meter(accelerator.device)
-    done = {"step": 0, "metrics_lines": None, "means": {}, "pairs": 0.0, "seconds": 0.0, "best": None}
-    done |= {"skipped": 0, "skipped_in_a_row": 0}
+    done = {"step": 0, "metrics_lines": None, "means": {}, "pairs": 0.0, "seconds": 0.0, "seconds_since_log": 0.0}
+    done |= {"best": None, "skipped": 0, "skipped_in_a_row": 0}
     if resume_from is not None:
-        done = on_main_process(accelerator, partial(read_state, resume_from))
+        done |= on_main_process(accelerator, partial(read_state, resume_from))
         on_main_process(accelerator, partial(refuse_other_content, done["content"], content, resume_from))
         load_checkpoint(resume_from, model, optimizer, accelerator)  # collective
         meter.load_state(done["meter"], accelerator.process_index, accelerator.num_processes)
@@ -358,6 +358,7 @@ def main(argv: list[str]) -> dict:
             "means": means,
             "pairs": total_pairs,
             "seconds": train_seconds,
+            "seconds_since_log": paused - clock,
             "skipped": skipped,
             "skipped_in_a_row": skipped_in_a_row,
             "best": best,
@@ -392,7 +393,7 @@ def main(argv: list[str]) -> dict:
     bar.update(step)
     model.train()
     stop.listen()
-    clock = time.perf_counter()
+    clock = time.perf_counter() - done["seconds_since_log"]
     while step < total_steps:
         # -------------------------------------------------------------- fetch
         micro_batches, num_pairs = plan.step(step)  # this process's share; num_pairs counts every process's

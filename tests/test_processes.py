@@ -94,19 +94,27 @@ def fail(*args, **kwargs):
     raise RuntimeError("as injected")
 if os.environ["RANK"] == "{rank}":
     train_rm.{name} = fail
-sys.exit(train_rm.run())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank, name", [(1, "pairwise_loss"), (0, "save_checkpoint")])
-def test_one_that_fails_ends_the_job(tmp_path, rank, name):
-    (tmp_path / "run.py").write_text(FAILS.format(rank=rank, name=name))
+def test_one_that_fails_ends_the_job(tmp_path):
+    """Under torchrun."""
+    program_that_fails = FAILS.format(rank=1, name="pairwise_loss") + "sys.exit(train_rm.run())\n"
+    (tmp_path / "run.py").write_text(program_that_fails)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531")
-    options = ["--save_steps=2", "--max_steps=1000", "--output_dir=out"]
+    options = ["--max_steps=1000", "--output_dir=out"]
     done = program(*options, launcher=launcher, cwd=tmp_path, script=tmp_path / "run.py")
     assert done.returncode != 0 and "as injected" in done.stderr
     assert time.time() - (tmp_path / "failed").stat().st_mtime < 30
+
+
+@pytest.mark.parametrize("rank, name", [(0, "save_checkpoint"), (1, "evaluate_rewards"), (0, "visualize_samples")])
+def test_one_that_fails_ends_the_others(zygote, tmp_path, rank, name):
+    """Whatever the main process or another one does alone."""
+    options = [*RAGGED, "--save_steps=2", "--max_steps=1000", "--output_dir=out"]
+    runs = zygote.start_many(2, options, tmp_path, fault=FAILS.format(rank=rank, name=name))
+    assert all(run.wait(timeout=30) != 0 for run in runs)
 
 
 def test_a_process_that_is_killed_ends_the_others(zygote, tmp_path):
