@@ -17,13 +17,14 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from tqdm import tqdm
@@ -41,25 +42,26 @@ from rm.config import ConfigError, RewardConfig, changed_options
 from rm.data import load_pairs
 from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
 from rm.export import ExportError, save_model, verify_export
-from rm.files import GO_ON, write_text
+from rm.files import GO_ON, DiskError, write_text
 from rm.forward import LayoutError, concatenated_forward, resolve_layout, without_autocast
 from rm.launch import StopSignal, is_orphan, on_main_process, processes_asked_for
 from rm.load import DataError
 from rm.loss import pairwise_loss
-from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb
+from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb, settle_buckets
 from rm.metrics import Meter
 from rm.model import ModelError, RewardModel, check_positions, compile_layers
 from rm.pretrained import add_lora, load_classifier, load_tokenizer
 from rm.provenance import model_fingerprint, provenance
 from rm.redact import redact, redact_arguments, safe_line
 from rm.run_dir import RunDirError, claim_output_dir, find_start, open_output_dir, refuse_other_content
-from rm.tracking import RunLog, prepare_trackers
+from rm.tracking import RunLog, finite, prepare_trackers
 from rm.visualize_samples import visualize_samples
 
 logger = logging.getLogger("train_rm")
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+PATIENCE = timedelta(hours=2)  # of a process for the main one, while that tokenizes or writes a checkpoint
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 SCALER_STEPS = 20  # steps in a row that fp16's loss scaler may skip while it looks for its scale
 
 
@@ -75,7 +77,11 @@ def make_accelerator(mixed_precision: str | None, max_grad_norm: float) -> Accel
     """The accelerator; refuses to run fewer processes than the launcher was asked for."""
     try:
         # without `cpu=True`, Accelerate runs every process of a torchrun on CPUs as a training of its own
-        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=not torch.accelerator.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
     except ValueError as error:  # fp16 without a GPU
         raise ConfigError(f"mixed_precision={mixed_precision}: {error}") from None
     plugin = accelerator.state.deepspeed_plugin
@@ -301,12 +307,12 @@ def main(argv: list[str]) -> dict:
         if accelerator.scaler is not None and done["scaler"]:
             accelerator.scaler.load_state_dict(done["scaler"])
         logger.info(f"resumed from {resume_from}: {done['step']} steps are done")
-    step, means, best = done["step"], done["means"], done["best"]
+    step, saved_step, means, best = done["step"], done["step"], done["means"], done["best"]
     total_pairs, train_seconds = done["pairs"], done["seconds"]
     skipped, skipped_in_a_row = done["skipped"], done["skipped_in_a_row"]
     scheduler = make_scheduler(config, optimizer, total_steps, step)
     report = data_report(train_pairs, eval_pairs)
-    on_main_process(accelerator, partial(claim_output_dir, output_dir, config.to_yaml(), report, step or None))
+    on_main_process(accelerator, partial(claim_output_dir, output_dir, config.to_yaml(), report, resume_from))
     run_log = RunLog(
         accelerator,
         output_dir,
@@ -350,11 +356,13 @@ def main(argv: list[str]) -> dict:
                 )
         return metrics
 
-    def checkpoint(step: int) -> None:
-        """Save all that a resumed run needs to go on as if it had never stopped. Collective."""
+    def checkpoint(step: int, metrics_lines: int | None = None) -> None:
+        """Save all that a resumed run needs to go on as if it had never stopped; of metrics.jsonl all lines, or so
+        many. Collective."""
+        num_lines = run_log.sync()
         state = {
             "step": step,
-            "metrics_lines": run_log.sync(),
+            "metrics_lines": num_lines if metrics_lines is None else metrics_lines,
             "means": means,
             "pairs": total_pairs,
             "seconds": train_seconds,
@@ -371,6 +379,13 @@ def main(argv: list[str]) -> dict:
         folder, keep_step = output_dir / "checkpoints", best and best["step"]
         limits = {"save_total_limit": config.save_total_limit, "keep_step": keep_step}
         save_checkpoint(folder, model, optimizer, state, accelerator, **limits)
+
+    def stop_here(step: int) -> None:
+        """End the run after a checkpoint. Collective."""
+        run_log.close()
+        accelerator.wait_for_everyone()  # or torchrun ends the main process when the first of the others has gone
+        again = f"--resume_from_checkpoint=latest --output_dir={output_dir}"
+        raise Stopped(f"stopped after step {step}; go on with {again}")
 
     def check_skipped_step(step: int, grad_norm: float) -> None:
         """Name the pairs of a step whose numbers are not finite; NonFiniteError after too many in a row. Collective."""
@@ -392,6 +407,9 @@ def main(argv: list[str]) -> dict:
     bar = tqdm(total=total_steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     bar.update(step)
     model.train()
+    shortest = collate(train_set, plan.step(0)[0][-1], layout, tokenizer.pad_token_id).to(accelerator.device)
+    if not finder.sync_after:
+        settle_buckets(accelerator, model, shortest)  # collective
     stop.listen()
     clock = time.perf_counter() - done["seconds_since_log"]
     while step < total_steps:
@@ -456,21 +474,25 @@ def main(argv: list[str]) -> dict:
         is_best = False
         if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
             metrics = evaluate(step)
+            (stopping,) = any_process(accelerator, stopping or stop.received)  # it may have taken long
             is_best = is_better(metrics, best, config.metric_for_best_model, config.greater_is_better)
             best = {"step": step, "value": metrics[config.metric_for_best_model]} if is_best else best
         is_due = config.save_steps and (step % config.save_steps == 0 or step == total_steps)
         if stopping or is_best or is_due:
             checkpoint(step)
+            saved_step = step
         clock += time.perf_counter() - paused  # speeds are of training alone
-        if stopping and step < total_steps:
-            run_log.close()
-            accelerator.wait_for_everyone()  # or torchrun ends the main process when the first of the others has gone
-            again = f"--resume_from_checkpoint=latest --output_dir={output_dir}"
-            raise Stopped(f"stopped after step {step}; go on with {again}")
+        if stopping:
+            stop_here(step)
     bar.close()
 
     # ------------------------------------------------------------------------------ final evaluation, save
+    metrics_lines, paused = run_log.num_lines, time.perf_counter()
     eval_metrics = evaluate(step)
+    if any_process(accelerator, stop.received)[0]:  # there may be no time to save
+        if saved_step != step:
+            checkpoint(step, metrics_lines)  # as before this evaluation, which is done again
+        stop_here(step)
     with without_autocast(model):  # as transformers will serve it
         check = eval_pairs.dataset.select(range(min(8, len(eval_pairs.dataset))))
         check_rewards = score(check)  # collective
@@ -481,6 +503,7 @@ def main(argv: list[str]) -> dict:
     summary["speed/train_seconds"] = round(train_seconds, 2)
     summary["speed/pairs_per_second"] = round(total_pairs / max(train_seconds, 1e-9), 2)
     summary["speed/peak_memory_gb"] = round(peak_memory_gb(accelerator.device), 3)
+    summary = {name: finite(value) for name, value in summary.items()}  # JSON has no NaN
     if accelerator.is_main_process:
         save_model(
             getattr(model, "module", model),
@@ -552,7 +575,7 @@ def run() -> int:
         print_last(f"error: {error}")
         return 1
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if not isinstance(error, DiskError) and error.errno not in FULL_DISK:
             raise
         print_last(f"error: {error.filename or 'a file of the run'} cannot be written ({error.strerror}); {GO_ON}")
         return 1

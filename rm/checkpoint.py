@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from rm.files import GO_ON, fsync
+from rm.files import GO_ON, fsync, fsync_folder
 from rm.launch import on_main_process
 from rm.zero import gather_state, is_zero, scatter_state
 
@@ -64,14 +64,20 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         files = sorted(partial.iterdir())
         (partial / MANIFEST).write_text(json.dumps({path.name: digest(path) for path in files}, indent=2))
-        for path in (*files, partial / MANIFEST, partial):
-            fsync(path)
-        set_aside(final)
+        fsync_folder(partial)
         partial.rename(final)
         fsync(final.parent)
+        fsync(final.parent.parent)
     except BaseException:  # also Ctrl-C
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, so that at no moment a half of it stands there."""
+    shutil.rmtree(going := folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+    folder.rename(going)
+    shutil.rmtree(going)
 
 
 def set_aside(folder: Path) -> None:
@@ -85,9 +91,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None if they are all as its manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        for name in sorted(
-            {"model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json"} | {*manifest}
-        ):
+        for name in sorted({*FILES, *manifest}):
             if name not in manifest:
                 return f"{MANIFEST} does not name {name}"
             if not (folder / name).is_file():
@@ -193,7 +197,7 @@ def save_checkpoint(
             if save_total_limit is not None:
                 for step, old in list_checkpoints(folder)[:-save_total_limit]:
                     if step != keep_step:
-                        shutil.rmtree(old)
+                        discard(old)
         except (OSError, SafetensorError) as error:
             cause = f"{error}".splitlines()[0]
             raise CheckpointError(

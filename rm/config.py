@@ -203,8 +203,11 @@ class RewardConfig:
         return dataclasses.asdict(self) | trl_batch | batch
 
 
-def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The options that a resumed run must have as before and has not, each as "key: before -> now"."""
-    free = MAY_CHANGE_ON_RESUME | COMPARED_BY_CONTENT
+def changed_options(before: dict[str, Any], now: dict[str, Any], places_too: bool = False) -> list[str]:
+    """The options that a resumed run must have as before and has not, each as "key: before -> now".
+
+    `places_too`: also those that are otherwise compared by content.
+    """
+    free = MAY_CHANGE_ON_RESUME | (frozenset() if places_too else COMPARED_BY_CONTENT)
     names = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
     return [f"{name}: {before[name]!r} -> {now[name]!r}" for name in names]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
-from rm.files import GO_ON
+from rm.files import GO_ON, fsync_folder
 from rm.model import RewardModel
 from rm.pretrained import load_trained
 
@@ -50,7 +50,8 @@ def save_model(
     is_adapter = hasattr(model.classifier, "peft_config")
     folder = output_dir / "adapter" if is_adapter and merge_adapter else output_dir
     try:
-        for stale in {*output_dir.glob("*.safetensors*"), *output_dir.glob("adapter*")}:  # of an overwritten run
+        patterns = ("*.safetensors*", "adapter*", "config.json")
+        for stale in {path for pattern in patterns for path in output_dir.glob(pattern)}:  # of an overwritten run
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         model.classifier.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
@@ -59,6 +60,8 @@ def save_model(
             merged = trained.merge_and_unload()
             merged.save_pretrained(output_dir)
             tokenizer.save_pretrained(output_dir)
+        for written in {folder, output_dir}:
+            fsync_folder(written)
     except (OSError, SafetensorError) as error:
         cause = str(error).splitlines()[0]
         raise ExportError(f"the model cannot be written to {output_dir} ({cause}); {GO_ON}") from error

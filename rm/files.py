@@ -21,14 +21,17 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+class DiskError(OSError):
+    """A file of the run cannot be written; `filename` and `strerror` say which and why."""
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the file's name into an error of the disk, which has none where the file was open already."""
+    """Raise what goes wrong with writing `path` as `DiskError` with its name: where it was open it has none."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        raise DiskError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
@@ -38,3 +41,12 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
         part.write_text(text, encoding="utf-8", errors=errors)
         fsync(part)
         part.replace(path)
+        fsync(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Bring every file in `folder` to the disk, and the list of their names; not what is in folders of it."""
+    for path in folder.iterdir():
+        if path.is_file():
+            fsync(path)
+    fsync(folder)

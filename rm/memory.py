@@ -16,6 +16,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from rm.batching import StepPlan
+from rm.collate import Batch
+from rm.forward import concatenated_forward
 from rm.metrics import Meter
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,20 @@ def average_gradients(model: nn.Module, num_processes: int) -> None:
         work.wait()
     for p in trained:
         p.grad /= num_processes
+
+
+def settle_buckets(accelerator: Accelerator, model: nn.Module, batch: Batch) -> None:
+    """Have DDP sort its buckets of gradients before the first step, of a new run and of a resumed one. Collective.
+
+    It sorts them anew after the first backward pass, by the order in which gradients came; with three processes or more
+    their sums then round otherwise, and a resumed run would differ from one that was never stopped.
+    """
+    if accelerator.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        return
+    chosen_B, rejected_B = concatenated_forward(model, batch)
+    accelerator.backward(0.0 * (chosen_B + rejected_B).sum())
+    for p in model.parameters():
+        p.grad = None
 
 
 def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rm.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_state, set_aside
+from rm.checkpoint import CheckpointError, discard, find_checkpoint, list_checkpoints, read_state, set_aside
 from rm.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ def open_output_dir(
         while (Path("runs") / run_name).exists():
             run_name += "+"  # another run of the same second
     folder = Path(output_dir or Path("runs") / run_name)
-    holds_run = (folder / "metrics.jsonl").exists() or list_checkpoints(folder / "checkpoints")
-    if holds_run and not may_hold_run:
+    if _holds_run(folder) and not may_hold_run:
         fix = "choose another, or give overwrite_output_dir=true or resume_from_checkpoint=latest"
         raise RunDirError(f"output_dir={folder} already holds a run; {fix}")
     try:
@@ -53,24 +52,30 @@ def find_start(
     resume_from_checkpoint: str | None,
     output_dir: Path,
     record: dict[str, Any],
-    changed_options: Callable[[dict[str, Any], dict[str, Any]], list[str]],
+    changed_options: Callable[..., list[str]],
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """(checkpoint to go on from, or None; the summary of a run that is finished already, or None).
 
     Args:
         record: the options of this run, resolved.
-        changed_options: names what differs, of two records, and must not.
+        changed_options: names what differs, of two records, and must not; with True also names of data and model,
+            which are compared by their content later if training goes on.
 
     Raises:
-        RunDirError: there is no such checkpoint, all are damaged, or it is of a run with other options.
+        RunDirError: there is no such checkpoint, all are damaged, it is of a run with other options, or `output_dir`
+            holds a run that it is not a part of.
     """
     if resume_from_checkpoint is None:
         return None, None
     finished = output_dir / "results.json"
     if resume_from_checkpoint == "latest" and finished.exists():
-        results = json.loads(finished.read_text(encoding="utf-8"))
-        _refuse(changed_options(results["config"], record), output_dir)
-        return None, results["summary"]
+        try:
+            results = json.loads(finished.read_text(encoding="utf-8"))
+            before, summary = results["config"], results["summary"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunDirError(f"{finished} is not what this program writes ({error!r}); move it away") from None
+        _refuse(changed_options(before, record, True), output_dir)
+        return None, summary
     try:
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir / "checkpoints")
     except CheckpointError as error:
@@ -79,7 +84,17 @@ def find_start(
         logger.warning(f"resume_from_checkpoint=latest: {output_dir} has no checkpoint yet; from the first step on")
     else:
         _refuse(changed_options(read_state(checkpoint)["config"], record), checkpoint)
+        if not _is_part_of(checkpoint, output_dir) and _holds_run(output_dir):
+            raise RunDirError(f"{checkpoint} is not of the run in output_dir={output_dir}; give a new output_dir")
     return checkpoint, None
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or bool(list_checkpoints(folder / "checkpoints"))
+
+
+def _is_part_of(checkpoint: Path, output_dir: Path) -> bool:
+    return checkpoint.resolve().parent == (output_dir / "checkpoints").resolve()
 
 
 def refuse_other_content(before: dict[str, str], now: dict[str, str], checkpoint: Path) -> None:
@@ -93,17 +108,25 @@ def _refuse(changes: list[str], where: Path) -> None:
         raise RunDirError(f"{where} is of another run ({'; '.join(changes)}); {fix}")
 
 
-def claim_output_dir(output_dir: Path, config_yaml: str, report: dict[str, Any], resume_step: int | None) -> None:
-    """Write what describes the run, and put away what an earlier one left: all of it, or what is past `resume_step`."""
+def claim_output_dir(output_dir: Path, config_yaml: str, report: dict[str, Any], checkpoint: Path | None) -> None:
+    """Write what describes the run, and put away what an earlier one left: all of it, or what is past `checkpoint`.
+
+    From a checkpoint of a run elsewhere, the lines of its metrics.jsonl are taken along.
+    """
     (output_dir / "results.json").unlink(missing_ok=True)
-    if resume_step is None:
-        shutil.rmtree(output_dir / "samples", ignore_errors=True)
-    for partial in (output_dir / "checkpoints").glob(".step-*.partial"):
+    folder = output_dir / "checkpoints"
+    for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
-    for step, old in list_checkpoints(output_dir / "checkpoints"):
-        if resume_step is None:  # the user allowed it, or there is none
-            shutil.rmtree(old)
-        elif step > resume_step:  # damaged, or not wanted: the run comes by here again
-            set_aside(old)
+    if checkpoint is None:  # the user allowed it, or there is none
+        shutil.rmtree(output_dir / "samples", ignore_errors=True)
+        for old in (*folder.glob("step-*.replaced"), *(path for _, path in list_checkpoints(folder))):
+            discard(old)
+    elif _is_part_of(checkpoint, output_dir):
+        step_done = read_state(checkpoint)["step"]
+        for step, newer in list_checkpoints(folder):
+            if step > step_done:  # damaged, or not wanted: the run comes by here again
+                set_aside(newer)
+    elif (lines := checkpoint.resolve().parent.parent / "metrics.jsonl").is_file():
+        write_text(output_dir / "metrics.jsonl", lines.read_text(encoding="utf-8"))
     write_text(output_dir / "config.yaml", config_yaml)
     write_text(output_dir / "data_report.json", json.dumps(report, indent=2))

@@ -125,7 +125,8 @@ class RunLog:
     def sync(self) -> int:
         """Bring metrics.jsonl to the disk, since a checkpoint must not be ahead of it; returns its number of lines."""
         if self.accelerator.is_main_process:
-            os.fsync(self._file.fileno())
+            with naming(self.output_dir / "metrics.jsonl"):
+                os.fsync(self._file.fileno())
         return self.num_lines
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
@@ -260,6 +261,8 @@ def open_metrics(path: Path, resume_lines: int | None):
     old = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in old if line.endswith(b"}\n")]  # a crash may have torn the last one
     kept = whole[: resume_lines or 0]
+    if len(kept) < (resume_lines or 0):
+        logger.warning(f"{path}: {len(kept)} of the {resume_lines} lines before the checkpoint are there")
     if kept != old:
         shutil.copyfile(path, path.with_name("metrics.jsonl.bak"))
         write_text(path, b"".join(kept).decode())

@@ -70,8 +70,13 @@ def summary(folder) -> dict:
     return {k: v for k, v in values.items() if k != "output_dir" and not k.startswith("speed/")}
 
 
-def assert_same_bits(one, other):
-    """Two runs that cannot be told apart but by the clock."""
+def assert_same_bits(one, other, also_kept=True):
+    """Two runs that cannot be told apart but by the clock; `also_kept`: and have the same checkpoints."""
+    kept = [{path.name for path in (run / "checkpoints").glob("step-*") if path.suffix == ""} for run in (one, other)]
+    assert kept[0] == kept[1] or not also_kept
+    for name in kept[0] & kept[1]:
+        states = [json.loads((run / "checkpoints" / name / "state.json").read_text()) for run in (one, other)]
+        assert states[0]["best"] == states[1]["best"] and states[0]["skipped"] == states[1]["skipped"]
     assert record(one) == record(other)
     assert summary(one) == summary(other)
     (name,) = {path.name for path in one.glob("*.safetensors")}

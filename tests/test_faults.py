@@ -74,6 +74,17 @@ def test_a_step_may_be_left_out_on_every_process(zygote, poisoned, tmp_path):
     assert record(one) == before
 
 
+def test_steps_in_a_row_are_counted_over_a_restart(zygote, tmp_path, poisoned):
+    nan = "import torch, train_rm\nloss = train_rm.pairwise_loss\n"
+    nan += "train_rm.pairwise_loss = lambda *a, **k: loss(*a, **k) * float('inf')\n"
+    options = [*poisoned, "--max_nonfinite_steps=3", "--output_dir=out"]
+    kill = "import os\nsave = train_rm.save_checkpoint\ndie = lambda step: step == 2 and os.kill(os.getpid(), 9)\n"
+    kill += "train_rm.save_checkpoint = lambda *a, **k: (save(*a, **k), die(a[3]['step']))"
+    assert zygote.start(options, tmp_path, fault=nan + kill).wait() == -9
+    run = zygote.start([*options, LATEST], tmp_path, fault=nan)
+    assert run.wait() == 3 and "error: step 4: the gradient (norm nan) is not finite" in run.stderr
+
+
 def test_too_many_steps_in_a_row(zygote, tmp_path, poisoned):
     nan = "import torch, train_rm\nloss = train_rm.pairwise_loss\n"
     nan += "train_rm.pairwise_loss = lambda *a, **k: loss(*a, **k) * float('inf')"  # the rewards are finite
@@ -191,7 +202,8 @@ write = rm.checkpoint.save_checkpoint
 def save(*args, **kwargs):
     if args[3]["step"] == 6:  # from here on, every operation on files counts
         for owner, name in [(rm.checkpoint, "save_file"), (rm.checkpoint, "fsync"), (rm.checkpoint, "digest"),
-                            (shutil, "rmtree"), (pathlib.Path, "rename"), (pathlib.Path, "write_text")]:
+                            (rm.files, "fsync"), (shutil, "rmtree"), (os, "unlink"),
+                            (pathlib.Path, "rename"), (pathlib.Path, "write_text")]:
             setattr(owner, name, kill(getattr(owner, name)))
     write(*args, **kwargs)
     if args[3]["step"] == 6:

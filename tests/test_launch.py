@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from runs import ROOT, SMALL, assert_same_bits, lines
+from runs import ROOT, SMALL, assert_same_bits, lines, record, weights
 
 from rm import launch
 from rm.launch import StopSignal, is_orphan, processes_asked_for
@@ -55,9 +55,36 @@ def test_stopped_between_two_log_lines_it_ends_with_the_same_bits(zygote, tmp_pa
         assert [run.wait() for run in runs] == [-signal.SIGTERM] * count
         assert len(lines(tmp_path / f"parts{count}", "train/loss")) == 1
         zygote.run(count, [*options, f"--output_dir=parts{count}", LATEST], tmp_path)
-        assert_same_bits(tmp_path / f"whole{count}", tmp_path / f"parts{count}")
+        assert_same_bits(tmp_path / f"whole{count}", tmp_path / f"parts{count}", also_kept=False)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("when", [1, 2], ids=["in the middle", "the last"])
+def test_a_signal_during_an_evaluation(zygote, tmp_path, count, when):
+    """Also during the last one, after which there may be no time to save."""
+    options = ["dataset_name=toy", *SMALL, "--max_steps=4", "--eval_steps=2"]
+    zygote.run(count, [*options, "--output_dir=whole"], tmp_path)
+    fault = SIGNAL_IN_EVALUATION.format(when=when)
+    runs = zygote.start_many(count, [*options, "--output_dir=parts"], tmp_path, fault=fault)
+    assert [run.wait() for run in runs] == [-signal.SIGTERM] * count
+    step = 2 * when
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == [f"step-{step}"]
+    assert f"stopped after step {step}" in runs[0].stderr
+    zygote.run(count, [*options, "--output_dir=parts", LATEST], tmp_path)
+    assert record(tmp_path / "whole") == record(tmp_path / "parts")
+    assert weights(tmp_path / "whole").keys() == weights(tmp_path / "parts").keys()
+
+
+SIGNAL_IN_EVALUATION = """
+import os, signal, train_rm
+evaluate, calls = train_rm.evaluate_rewards, []
+def interrupted(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == {when}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(*args, **kwargs)
+train_rm.evaluate_rewards = interrupted
+"""
 STOP_AT = """
 def seed_everything(seed, step, rank):
     if step == {step} and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:

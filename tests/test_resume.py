@@ -40,7 +40,7 @@ def kill_until_it_ends(zygote, count: int, options: list[str], cwd, longest: flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, lora", [(1, False), (1, True), (2, False)], ids=["one", "lora", "two"])
+@pytest.mark.parametrize("count, lora", [(1, False), (1, True), (2, False), (3, False)], ids=["1", "lora", "2", "3"])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(zygote, tmp_path, pretrained, count, lora):
     options = [*LONG, *(LORA if lora else []), f"--model_name_or_path={pretrained}"]
     start = time.monotonic()
@@ -139,6 +139,68 @@ def test_hardware_and_logging_may_change(interrupted, finished, resume):
     assert len(lines(interrupted, "eval/loss")) == 4  # steps 2, 4, 6, and 7
 
 
+def test_from_an_older_one_and_killed_before_the_next(interrupted, finished, resume, zygote, tmp_path):
+    """Then `latest` must not be one that metrics.jsonl knows nothing of any more."""
+    (finished_step,) = [6]
+    fault = "import os, train_rm\ntrain_rm.Meter.read = lambda *_: os.kill(os.getpid(), 9)"
+    older = f"--resume_from_checkpoint=run/checkpoints/step-{finished_step // 2}"
+    run = zygote.start([*RUN, "--output_dir=run", older], tmp_path, fault=fault)
+    assert run.wait() == -9
+    code, _, log = resume()
+    assert code == 0 and "resumed from run/checkpoints/step-3" in log
+    assert record(interrupted) == record(finished)
+
+
+def test_a_checkpoint_of_another_run(interrupted, finished, zygote, tmp_path, resume):
+    """It may be gone on with in a new folder, with its metrics; not in one that holds a run."""
+    path = f"--resume_from_checkpoint={finished}/checkpoints/step-3"
+    code, error, _ = resume(path)
+    assert code == 2 and "step-3 is not of the run in output_dir=run; give a new output_dir" in error
+    assert steps_in(interrupted) == ["step-3", "step-6"]
+    assert resume(path, "--output_dir=new")[0] == 0
+    assert record(tmp_path / "new") == record(finished)
+    (interrupted / "metrics.jsonl").write_text("")
+    code, _, log = resume("--resume_from_checkpoint=run/checkpoints/step-6")
+    assert code == 0 and "0 of the 6 lines before the checkpoint are there" in log
+
+
+def test_after_running_out_of_memory(zygote, tmp_path):
+    """Halved micro-batches round otherwise: the resumed run must not start with whole ones."""
+    halve = "import train_rm\ninit = train_rm.StepPlan.__init__\n"
+    halve += "def smaller(self, *a, **k):\n    init(self, *a, **k)\n    self.micro_batch_tokens //= 2\n"
+    options = [*RUN, "--micro_batch_tokens=2000"]
+    zygote.run(1, [*options, "--output_dir=whole"], tmp_path, fault=halve + "train_rm.StepPlan.__init__ = smaller")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-7")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-6")
+    zygote.run(1, [*options, "--output_dir=parts", LATEST], tmp_path)
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    state = json.loads((tmp_path / "parts/checkpoints/step-7/state.json").read_text())
+    assert state["micro_batch_tokens"] == 1000
+
+
+def test_what_is_written_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """Every file is flushed before the folder gets its name; no power failure can be had here."""
+    from rm import checkpoint, files
+
+    events = []
+    monkeypatch.setattr(files, "fsync", lambda path: events.append(("fsync", path.name)))
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: events.append(("fsync", path.name)))
+    rename = type(tmp_path).rename
+    monkeypatch.setattr(type(tmp_path), "rename", lambda a, b: (events.append(("rename", b.name)), rename(a, b)))
+    checkpoint.write_folder(tmp_path / "checkpoints" / "step-1", lambda folder: (folder / "a").write_text("x"))
+    at = events.index(("rename", "step-1"))
+    flushed = {name for kind, name in events[:at]}
+    assert flushed == {"a", "manifest.json", ".step-1.partial"}
+    assert events[at + 1 :] == [("fsync", "checkpoints"), ("fsync", tmp_path.name)]
+    replace = type(tmp_path).replace
+    monkeypatch.setattr(type(tmp_path), "replace", lambda a, b: (events.append(("replace", b.name)), replace(a, b)))
+    events.clear()
+    files.write_text(tmp_path / "results.json", "{}")
+    assert events == [("fsync", ".results.json.part"), ("replace", "results.json"), ("fsync", tmp_path.name)]
+
+
 def test_a_batch_may_be_said_in_another_way(interrupted, resume):
     trl = ["--train_batch_size=none", "--per_device_train_batch_size=4", "--gradient_accumulation_steps=4"]
     assert resume(*trl)[0] == 0
@@ -193,8 +255,12 @@ def test_a_finished_run_says_so(finished, tmp_path, resume):
     code, _, log = resume()
     assert code == 0 and "the run in run is finished: nothing to do" in log
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    code, error, _ = resume("--max_steps=9")
-    assert code == 2 and "run is of another run (max_steps: 7 -> 9)" in error
+    for option, change in [("--max_steps=9", "max_steps: 7 -> 9"), ("--model_name_or_path=no", "model_name_or_path: ")]:
+        code, error, _ = resume(option)
+        assert code == 2 and f"run is of another run ({change}" in error
+    (tmp_path / "run" / "results.json").write_text("{}")
+    code, error, _ = resume()
+    assert code == 2 and "run/results.json is not what this program writes" in error
 
 
 def test_killed_after_its_last_evaluation(finished, tmp_path, resume):
