@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import wandb_files
-from runs import SMALL, assert_same_run, lines, program, reset_accelerate, weights
+from runs import SMALL, assert_same_run, lines, reset_accelerate, weights
 
 import train_rm
 
@@ -155,9 +155,9 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     assert number == 2 and "torch_compile needs a C++ compiler" in message
 
 
-def test_the_program_prints_one_json_line_last(tmp_path):
-    done = program(f"--output_dir={tmp_path / 'out'}", "--report_to=wandb", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_program_prints_one_json_line_last(zygote, tmp_path):
+    options = ["dataset_name=toy", *SMALL, f"--output_dir={tmp_path / 'out'}", "--report_to=wandb"]
+    done = zygote.run(1, options, tmp_path)
     assert json.loads(done.stdout.strip().splitlines()[-1])["output_dir"] == str(tmp_path / "out")
     assert "Traceback" not in done.stderr
     ((at, columns, rows),) = wandb_files.tables(wandb_files.run_dir(tmp_path / "out"), "eval/samples")
