@@ -407,8 +407,8 @@ def main(argv: list[str]) -> dict:
     bar = tqdm(total=total_steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     bar.update(step)
     model.train()
-    shortest = collate(train_set, plan.step(0)[0][-1], layout, tokenizer.pad_token_id).to(accelerator.device)
-    if not finder.sync_after:
+    if accelerator.num_processes > 1 and not finder.sync_after:
+        shortest = collate(train_set, plan.step(0)[0][-1], layout, tokenizer.pad_token_id).to(accelerator.device)
         settle_buckets(accelerator, model, shortest)  # collective
     stop.listen()
     clock = time.perf_counter() - done["seconds_since_log"]

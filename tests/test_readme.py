@@ -1,6 +1,7 @@
 """The README's commands, paths, options, metrics and diffs match the code."""
 
 import dataclasses
+import importlib
 import re
 
 import torch
@@ -82,3 +83,11 @@ def test_the_new_loss_diff_applies():
     scope: dict = {}
     exec(source.replace(old, new), scope)
     assert scope["pairwise_loss"](torch.tensor([3.0, 0.5]), torch.tensor([0.0, 0.0])).tolist() == [0.0, 0.5]
+
+
+def test_benchmarks_import_what_exists():
+    """They are not run with the tests, but what they take from rm/ must be there."""
+    for path in (ROOT / "tests" / "bench").glob("*.py"):
+        for module, names in re.findall(r"^\s*from (rm\.\w+) import ([\w, ]+)", path.read_text(), re.M):
+            for name in names.split(","):
+                assert hasattr(importlib.import_module(module), name.strip()), f"{path.name}: {module} has no {name}"

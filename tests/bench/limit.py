@@ -29,8 +29,11 @@ from rm.forward import concatenated_forward  # noqa: E402
 from rm.load import load_raw  # noqa: E402
 from rm.loss import pairwise_loss  # noqa: E402
 from rm.metrics import Meter  # noqa: E402
-from rm.model import RewardModel, compile_layers, load_tokenizer  # noqa: E402
-from rm.pretrained import load_classifier
+from rm.model import RewardModel, compile_layers  # noqa: E402
+from rm.pretrained import (
+    load_classifier,
+    load_tokenizer,  # noqa: E402
+)
 
 
 def main() -> None:

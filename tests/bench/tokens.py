@@ -20,7 +20,7 @@ from rm.batching import StepPlan  # noqa: E402
 from rm.data import tokenize_pairs  # noqa: E402
 from rm.evaluate import pair_lengths  # noqa: E402
 from rm.load import load_raw  # noqa: E402
-from rm.model import load_tokenizer  # noqa: E402
+from rm.pretrained import load_tokenizer  # noqa: E402
 
 
 def main() -> None:
