@@ -89,6 +89,15 @@ def random_pairs(num_pairs: int = 6, seed: int = 0, max_prefix: int = 12, max_su
     return Dataset.from_list(rows).with_format("numpy")
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run in this process leaves its handlers behind, and a pool of processes that inherits them never ends."""
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def pairs() -> Dataset:
     return random_pairs()
@@ -170,12 +179,7 @@ def train(tmp_path, monkeypatch, capsys):
     def run(name: str, *options: str):
         reset_accelerate()
         folder = tmp_path / name
-        handlers = {number: signal.getsignal(number) for number in STOPPING}
-        try:
-            summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={folder}", *options])
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={folder}", *options])
         assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == summary
         return summary, folder
 
