@@ -170,7 +170,7 @@ def test_accelerate_launch_of_one_process_leaves_no_orphan(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_torchrun_passes_a_signal_on(tmp_path, number):
-    launcher = start(["torch.distributed.run", "--nproc_per_node=2", "--master_port=29537"], tmp_path)
+    launcher = start(["torch.distributed.run", "--standalone", "--nproc_per_node=2"], tmp_path)
     wait_until(lambda: trains(tmp_path))
     trainers = descendants(launcher.pid)
     launcher.send_signal(number)

@@ -102,7 +102,7 @@ def test_one_that_fails_ends_the_job(tmp_path):
     """Under torchrun."""
     program_that_fails = FAILS.format(rank=1, name="pairwise_loss") + "sys.exit(train_rm.run())\n"
     (tmp_path / "run.py").write_text(program_that_fails)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     options = ["--max_steps=1000", "--output_dir=out"]
     done = program(*options, launcher=launcher, cwd=tmp_path, script=tmp_path / "run.py")
     assert done.returncode != 0 and "as injected" in done.stderr
