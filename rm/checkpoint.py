@@ -81,10 +81,9 @@ def discard(folder: Path) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Rename `step-N` to `step-N.replaced`, which nothing reads, if it is there."""
-    if folder.exists():
-        shutil.rmtree(aside := folder.with_name(f"{folder.name}.replaced"), ignore_errors=True)
-        folder.rename(aside)
+    """Rename `step-N` to `step-N.replaced`, which nothing reads."""
+    shutil.rmtree(aside := folder.with_name(f"{folder.name}.replaced"), ignore_errors=True)
+    folder.rename(aside)
 
 
 def damage(folder: Path) -> str | None:

@@ -16,12 +16,8 @@ from accelerate.utils import broadcast_object_list
 
 BY_ACCELERATE = "ACCELERATE_DYNAMO_BACKEND"  # `accelerate launch` sets it for every program
 BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
-STOP_SIGNALS = (
-    "SIGTERM",
-    "SIGINT",
-    "SIGUSR1",
-    "SIGHUP",
-)  # schedulers, agents, Ctrl-C, SLURM's --signal, a closed terminal
+# of schedulers, Ctrl-C, SLURM's --signal, a terminal that is closed
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 TWICE_THE_SAME = 1.0  # seconds: Ctrl-C comes from the terminal and, at once, from torchrun too
 
 
