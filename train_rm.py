@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -29,16 +28,23 @@ from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import get_scheduler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rm.attention import block_size
 from rm.audit import audit_table, data_report
 from rm.batching import StepPlan
-from rm.checkpoint import CheckpointError, full_state_dict, load_checkpoint, read_state, save_checkpoint
+from rm.best import BestEvaluation
+from rm.checkpoint import (
+    CheckpointError,
+    damage,
+    full_state_dict,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from rm.collate import COLUMNS, collate
 from rm.command_line import parse_config
-from rm.config import ConfigError, RewardConfig, changed_options
+from rm.config import ConfigError, changed_options
 from rm.data import load_pairs
 from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
 from rm.export import ExportError, save_model, verify_export
@@ -50,6 +56,7 @@ from rm.loss import pairwise_loss
 from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb, settle_buckets
 from rm.metrics import Meter
 from rm.model import ModelError, RewardModel, check_positions, compile_layers
+from rm.optim import FOLLOW_A_METRIC, make_optimizer, make_scheduler, parameter_groups
 from rm.pretrained import add_lora, load_classifier, load_tokenizer
 from rm.provenance import model_fingerprint, provenance
 from rm.redact import redact, redact_arguments, safe_line
@@ -114,42 +121,9 @@ def skip_step(meter: Meter, scaler: torch.amp.GradScaler | None) -> None:
         scaler.update()
 
 
-def is_better(metrics: dict[str, float], best: dict | None, name: str | None, greater_is_better: bool | None) -> bool:
-    """Whether metric `name` of an evaluation beats that of the `best` one so far; NaN never does. No name: False."""
-    if name is None or math.isnan(metrics[name]):
-        return False
-    greater = not name.endswith("loss") if greater_is_better is None else greater_is_better
-    return best is None or (metrics[name] > best["value"] if greater else metrics[name] < best["value"])
-
-
-def make_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.Optimizer:
-    """Fused AdamW on the trainable weights; weight decay on matrices only."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
-
-
-def make_scheduler(config: RewardConfig, optimizer, total_steps: int, steps_done: int = 0):
-    """The learning-rate schedule after `steps_done` steps. Not to be prepared: Accelerate steps it once per process."""
-    try:
-        scheduler = get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=config.warmup_steps or math.ceil(config.warmup_ratio * total_steps),
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=config.lr_scheduler_kwargs or {},
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lr_scheduler_kwargs={config.lr_scheduler_kwargs}: {error}") from None
-    with warnings.catch_warnings(action="ignore"):  # "scheduler.step() before optimizer.step()"
-        for _ in range(steps_done):
-            scheduler.step()
-    return scheduler
+def in_steps(every: float, total_steps: int) -> int:
+    """`logging_steps` and the like as a number of steps: below 1 it is a fraction of all steps."""
+    return math.ceil(every * total_steps) if every < 1 else int(every)
 
 
 def main(argv: list[str]) -> dict:
@@ -168,6 +142,8 @@ def main(argv: list[str]) -> dict:
     if config.auto_find_batch_size and not can_repeat_steps(accelerator.distributed_type):
         fix = f"cannot act under {accelerator.distributed_type.value}; set micro_batch_tokens instead"
         raise ConfigError(f"auto_find_batch_size=True: {fix}")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and not config.optim.startswith("adamw"):
+        raise ConfigError(f"optim={config.optim}: under DeepSpeed only AdamW's state can be saved; use adamw_torch")
     if config.attn_implementation == "flex_attention" and accelerator.device.type == "cpu":
         raise ConfigError("attn_implementation=flex_attention: it has no backward pass on a CPU; use sdpa")
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -190,6 +166,8 @@ def main(argv: list[str]) -> dict:
         accelerator.end_training()
         return finished
     is_half = accelerator.mixed_precision != "no" or config.dtype != "float32"
+    if config.full_determinism:
+        transformers.enable_full_determinism(config.seed)
     seed_everything(config.seed, 0, accelerator.process_index)
 
     # ------------------------------------------------------------------------------ data
@@ -252,7 +230,22 @@ def main(argv: list[str]) -> dict:
     # whatever the options call them, a resumed run must have the same pairs and start from the same weights
     content = {"dataset_name": train_pairs.fingerprint, "eval_dataset_name": eval_pairs.fingerprint}
     content["model_name_or_path"] = model_fingerprint(model) if accelerator.is_main_process else ""
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    groups = parameter_groups(
+        model,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        head_learning_rate=config.head_learning_rate,
+    )
+    optimizer = make_optimizer(
+        groups,
+        optim=config.optim,
+        optim_args=config.optim_args,
+        learning_rate=config.learning_rate,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
     lengths = pair_lengths(train_pairs.dataset)
     layout, reason = resolve_layout(
         config.layout,
@@ -294,25 +287,48 @@ def main(argv: list[str]) -> dict:
         f"plan: {total_steps} steps of {plan.train_batch_size} pairs ({plan.steps_per_epoch} an epoch) on "
         f"{accelerator.num_processes} x {accelerator.device.type}, {config.micro_batch_tokens} tokens a forward pass"
     )
+    logging_steps, eval_steps, save_steps = (
+        in_steps(every, total_steps) for every in (config.logging_steps, config.eval_steps, config.save_steps)
+    )
     meter = Meter(accelerator.device)
+    best = BestEvaluation(
+        config.metric_for_best_model,
+        config.greater_is_better,
+        patience=config.early_stopping_patience,
+        threshold=config.early_stopping_threshold,
+    )
     done = {"step": 0, "metrics_lines": None, "means": {}, "pairs": 0.0, "seconds": 0.0, "seconds_since_log": 0.0}
-    done |= {"best": None, "skipped": 0, "skipped_in_a_row": 0}
+    done |= {"evaluated": {"step": None, "metrics": {}}, "schedule": None, "skipped": 0, "skipped_in_a_row": 0}
     if resume_from is not None:
         done |= on_main_process(accelerator, partial(read_state, resume_from))
         on_main_process(accelerator, partial(refuse_other_content, done["content"], content, resume_from))
         load_checkpoint(resume_from, model, optimizer, accelerator)  # collective
+        best.load_state(done["best"])
         meter.load_state(done["meter"], accelerator.process_index, accelerator.num_processes)
         if done["config"]["micro_batch_tokens"] == config.micro_batch_tokens:
             plan.micro_batch_tokens = done["micro_batch_tokens"]  # halved, perhaps, by auto_find_batch_size
         if accelerator.scaler is not None and done["scaler"]:
             accelerator.scaler.load_state_dict(done["scaler"])
         logger.info(f"resumed from {resume_from}: {done['step']} steps are done")
-    step, saved_step, means, best = done["step"], done["step"], done["means"], done["best"]
+    step, saved_step, means, evaluated = done["step"], done["step"], done["means"], done["evaluated"]
     total_pairs, train_seconds = done["pairs"], done["seconds"]
     skipped, skipped_in_a_row = done["skipped"], done["skipped_in_a_row"]
-    scheduler = make_scheduler(config, optimizer, total_steps, step)
+    scheduler = make_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        total_steps=total_steps,
+        warmup_ratio=config.warmup_ratio,
+        warmup_steps=config.warmup_steps,
+        kwargs=config.lr_scheduler_kwargs,
+        greater_is_better=best.greater_is_better,
+        steps_done=step,
+        state=done["schedule"],
+    )
+    follows_metric = config.lr_scheduler_type in FOLLOW_A_METRIC
     report = data_report(train_pairs, eval_pairs)
-    on_main_process(accelerator, partial(claim_output_dir, output_dir, config.to_yaml(), report, resume_from))
+    on_main_process(
+        accelerator, partial(claim_output_dir, output_dir, config.to_yaml(), report, resume_from, best.step)
+    )
     run_log = RunLog(
         accelerator,
         output_dir,
@@ -369,16 +385,32 @@ def main(argv: list[str]) -> dict:
             "seconds_since_log": paused - clock,
             "skipped": skipped,
             "skipped_in_a_row": skipped_in_a_row,
-            "best": best,
+            "best": best.state(),
+            "evaluated": evaluated,
+            "schedule": scheduler.state_dict() if follows_metric else None,
             "meter": meter.state(accelerator.gather),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "micro_batch_tokens": plan.micro_batch_tokens,
             "content": content,
             "config": record,
         }
-        folder, keep_step = output_dir / "checkpoints", best and best["step"]
-        limits = {"save_total_limit": config.save_total_limit, "keep_step": keep_step}
-        save_checkpoint(folder, model, optimizer, state, accelerator, **limits)
+        limits = {"save_total_limit": config.save_total_limit, "keep_step": best.step}
+        save_checkpoint(output_dir / "checkpoints", model, optimizer, state, accelerator, **limits)
+
+    def load_best() -> None:
+        """Take the weights of the best evaluation. Collective."""
+        folder = output_dir / "checkpoints" / f"step-{best.step}"
+        if problem := on_main_process(accelerator, partial(damage, folder)):
+            if saved_step != step:
+                checkpoint(step, metrics_lines)  # so that nothing is lost
+            fix = (
+                f"resume with load_best_model_at_end=false metric_for_best_model={best.metric} to save the last weights"
+            )
+            raise CheckpointError(f"the best evaluation's checkpoint, {folder}, is damaged ({problem}); {fix}")
+        load_checkpoint(folder, model, None, accelerator)
+        logger.info(
+            f"best evaluation: step {best.step}, {best.metric} {best.metrics[best.metric]:.4f}; its weights are saved"
+        )
 
     def stop_here(step: int) -> None:
         """End the run after a checkpoint. Collective."""
@@ -411,8 +443,10 @@ def main(argv: list[str]) -> dict:
         shortest = collate(train_set, plan.step(0)[0][-1], layout, tokenizer.pad_token_id).to(accelerator.device)
         settle_buckets(accelerator, model, shortest)  # collective
     stop.listen()
+    if config.eval_on_start and step == 0:
+        evaluate(step)  # collective
     clock = time.perf_counter() - done["seconds_since_log"]
-    while step < total_steps:
+    while step < total_steps and not best.patience_is_over:
         # -------------------------------------------------------------- fetch
         micro_batches, num_pairs = plan.step(step)  # this process's share; num_pairs counts every process's
         seed_everything(config.seed, step, accelerator.process_index)
@@ -451,55 +485,72 @@ def main(argv: list[str]) -> dict:
             skip_step(meter, accelerator.scaler)
         else:
             optimizer.step()
-        learning_rate = scheduler.get_last_lr()[0]
-        scheduler.step()
+        learning_rate, head_learning_rate = optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]
+        if not follows_metric:
+            scheduler.step()
         optimizer.zero_grad()
         step += 1
         bar.update()
 
+        # -------------------------------------------------------------- evaluate
+        paused, is_best = time.perf_counter(), False
+        if eval_steps and step % eval_steps == 0 and step < total_steps:
+            evaluated = {"step": step, "metrics": evaluate(step)}  # collective
+            (stopping,) = any_process(accelerator, stopping or stop.received)  # it may have taken long
+            is_best = best.update(**evaluated)
+            if follows_metric:
+                scheduler.step(evaluated["metrics"][config.metric_for_best_model or "eval/loss"])
+        is_last = step == total_steps or best.patience_is_over
+        clock += time.perf_counter() - paused  # speeds are of training alone
+
         # -------------------------------------------------------------- log
-        if step % config.logging_steps == 0 or step == total_steps:
+        if step % logging_steps == 0 or is_last:
             means, pairs, tokens = meter.read(lambda sums: accelerator.reduce(sums, "sum"))  # collective
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             total_pairs, train_seconds = total_pairs + pairs, train_seconds + seconds
             speed = {"speed/pairs_per_second": pairs / seconds, "speed/tokens_per_second": tokens / seconds}
             optim = {"optim/learning_rate": learning_rate, "optim/grad_norm": grad_norm, "optim/skipped_steps": skipped}
+            if config.head_learning_rate is not None:
+                optim["optim/head_learning_rate"] = head_learning_rate
             run_log.log(means | optim | {"train/epoch": step / plan.steps_per_epoch} | speed, step)
             bar.set_postfix_str(
                 f"loss {means['train/loss']:.3f}, accuracy {means['train/accuracy']:.3f}, {pairs / seconds:.1f} pairs/s"
             )
 
-        # -------------------------------------------------------------- evaluate, save
+        # -------------------------------------------------------------- save
         paused = time.perf_counter()
-        is_best = False
-        if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
-            metrics = evaluate(step)
-            (stopping,) = any_process(accelerator, stopping or stop.received)  # it may have taken long
-            is_best = is_better(metrics, best, config.metric_for_best_model, config.greater_is_better)
-            best = {"step": step, "value": metrics[config.metric_for_best_model]} if is_best else best
-        is_due = config.save_steps and (step % config.save_steps == 0 or step == total_steps)
-        if stopping or is_best or is_due:
-            checkpoint(step)
+        if stopping or is_best or (save_steps and (step % save_steps == 0 or is_last)):
+            checkpoint(step)  # collective
             saved_step = step
-        clock += time.perf_counter() - paused  # speeds are of training alone
+        clock += time.perf_counter() - paused
         if stopping:
             stop_here(step)
     bar.close()
 
     # ------------------------------------------------------------------------------ final evaluation, save
     metrics_lines, paused = run_log.num_lines, time.perf_counter()
-    eval_metrics = evaluate(step)
+    if best.patience_is_over:
+        waited = f"{best.evaluations_waited} evaluations without a better {best.metric} than at step {best.step}"
+        logger.info(f"stopped early after step {step} of {total_steps}: {waited}")
+    final = evaluated["metrics"] if evaluated["step"] == step else evaluate(step)  # collective
     if any_process(accelerator, stop.received)[0]:  # there may be no time to save
         if saved_step != step:
             checkpoint(step, metrics_lines)  # as before this evaluation, which is done again
         stop_here(step)
+    if evaluated["step"] != step:
+        best.update(step, final)
+    if config.load_best_model_at_end and best.step not in (None, step):
+        load_best()  # collective
+        final = best.metrics
     with without_autocast(model):  # as transformers will serve it
         check = eval_pairs.dataset.select(range(min(8, len(eval_pairs.dataset))))
         check_rewards = score(check)  # collective
     uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     weights = accelerator.get_state_dict(model) if uses_deepspeed else full_state_dict(model)  # collective
-    summary = means | eval_metrics
+    summary = means | final
     summary["train/steps"] = step
+    if best.step is not None:
+        summary["train/best_step"] = best.step
     summary["speed/train_seconds"] = round(train_seconds, 2)
     summary["speed/pairs_per_second"] = round(total_pairs / max(train_seconds, 1e-9), 2)
     summary["speed/peak_memory_gb"] = round(peak_memory_gb(accelerator.device), 3)

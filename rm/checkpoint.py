@@ -73,6 +73,16 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def copy_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint into `folder`, whole or not at all."""
+
+    def write(partial: Path) -> None:
+        for name in FILES:
+            shutil.copyfile(checkpoint / name, partial / name)
+
+    write_folder(folder / checkpoint.name, write)
+
+
 def discard(folder: Path) -> None:
     """Remove a checkpoint, so that at no moment a half of it stands there."""
     shutil.rmtree(going := folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
@@ -207,11 +217,13 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, accelerator: Accelerator
+) -> None:
     """Put a checkpoint's weights and optimizer state into a prepared model, of any engine and number of processes.
 
-    Collective; the main process reads and the others get it from there. Raises `CheckpointError` if the checkpoint
-    lacks a trained weight.
+    Without an `optimizer` the weights alone. Collective; the main process reads and the others get it from there.
+    Raises `CheckpointError` if the checkpoint lacks a trained weight.
     """
     bare, weights, moments = _bare(optimizer), {}, {}
 
@@ -219,7 +231,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         try:
             weights.update(load_file(path / "model.safetensors"))
             rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-            if rest["groups"]:
+            if rest["groups"] and bare is not None:
                 moments.update(_join(load_file(path / "optimizer.safetensors"), rest, bare))
         except (SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} is not a checkpoint of this program: {error}") from None
@@ -239,7 +251,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     set_model_state_dict(model, weights, options=StateDictOptions(**options, strict=False))  # frozen ones are not in it
 
 
-def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def _bare(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
     return getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper skips steps at times; here none is one
 
 

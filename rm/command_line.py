@@ -27,6 +27,11 @@ def _coerce(key: str, value: Any, where: str) -> Any:
     hint = get_type_hints(RewardConfig)[key]
     if isinstance(value, str) and value[:1] in ("[", "{", "("):
         value = _literal(value)
+    if (
+        isinstance(value, str) and "dict[" in str(hint) and "=" in value
+    ):  # name=value,name=value, as for optim_args in TRL
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        value = {name.strip(): _literal(text.strip()) for name, _, text in pairs}
     accepts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     choices = [c for a in accepts if get_origin(a) is Literal for c in get_args(a)]
     if value is False and "no" in choices:  # YAML reads a bare `no` as false
@@ -54,7 +59,7 @@ def _coerce(key: str, value: Any, where: str) -> Any:
 
 
 def _literal(text: str) -> Any:
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval):  # "true" is JSON, "True" is Python
         try:
             return read(text)
         except (ValueError, SyntaxError):

@@ -18,12 +18,16 @@ Schedule = Literal[
     "cosine",
     "cosine_with_restarts",
     "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
     "polynomial",
     "constant",
     "constant_with_warmup",
     "inverse_sqrt",
     "warmup_stable_decay",
+    "reduce_lr_on_plateau",
+    "greedy",
 ]
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"]
 
 
 # What a resumed run may have otherwise than its checkpoint: nothing here changes the training beyond rounding ...
@@ -31,7 +35,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     "trust_remote_code attn_implementation gradient_checkpointing merge_adapter dataset_num_proc max_nonfinite_steps "
     "micro_batch_tokens eval_micro_batch_tokens auto_find_batch_size torch_compile layout output_dir "
     "overwrite_output_dir resume_from_checkpoint run_name logging_steps eval_steps save_steps save_total_limit "
-    "num_print_samples report_to project".split()
+    "num_print_samples report_to project load_best_model_at_end".split()
 )
 # ... and these name things that are compared by their content (a file may lie elsewhere on another machine)
 COMPARED_BY_CONTENT = frozenset("model_name_or_path dataset_name eval_dataset_name chat_template_path".split())
@@ -92,19 +96,23 @@ class RewardConfig:
     per_device_train_batch_size: int | None = option(None, "TRL's way to say it: x gradient_accumulation_steps x processes = train_batch_size")
     gradient_accumulation_steps: int | None = option(None, "factor of per_device_train_batch_size (memory is micro_batch_tokens' business); none: 1")
     learning_rate: float = option(1e-4, "peak learning rate")
+    head_learning_rate: float | None = option(None, "peak learning rate of the reward head; none: learning_rate")
     num_train_epochs: float = option(1.0, "passes over the training pairs")
     max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs; -1: off")
-    lr_scheduler_type: Schedule = option("linear", "a schedule of transformers.get_scheduler, such as cosine or constant_with_warmup")
+    lr_scheduler_type: Schedule = option("linear", "a schedule of transformers.get_scheduler, such as cosine; reduce_lr_on_plateau and greedy go by evaluations")
     lr_scheduler_kwargs: dict[str, Any] | None = option(None, "what that schedule takes besides, as a dict")
     warmup_ratio: float = option(0.0, "fraction of all steps with a rising learning rate; 0: off")
     warmup_steps: int = option(0, "steps with a rising learning rate; 0: use warmup_ratio")
-    weight_decay: float = option(0.0, "AdamW's decay of weight matrices (never of biases and norms); 0: off")
+    optim: Optimizer = option("adamw_torch_fused", "optimizer, by transformers' name")
+    optim_args: dict[str, Any] | None = option(None, "what the optimizer takes besides, as a dict or as name=value,name=value")
+    weight_decay: float = option(0.0, "decay of weight matrices (never of biases and norms); 0: off")
     adam_beta1: float = option(0.9, "AdamW beta 1")
     adam_beta2: float = option(0.999, "AdamW beta 2")
     adam_epsilon: float = option(1e-8, "AdamW epsilon")
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: off (the norm is still logged)")
     max_nonfinite_steps: int = option(0, "steps in a row that may be left out because their loss or gradient is NaN or infinite; 0: the first one ends the run")
     seed: int = option(42, "everything random is a function of (seed, step, process)")
+    full_determinism: bool = option(False, "deterministic kernels where there is a choice: the same bits on a GPU too, slower")
 
     micro_batch_tokens: int = option(8192, "padded tokens per forward pass on one device; changes memory, not results", "Hardware")
     eval_micro_batch_tokens: int | None = option(None, "the same in evaluation; none: 2 x micro_batch_tokens")
@@ -117,12 +125,16 @@ class RewardConfig:
     overwrite_output_dir: bool = option(False, "allow an output_dir that already holds a run")
     resume_from_checkpoint: str | None = option(None, "go on from a checkpoint folder, or from the `latest` in output_dir (without one: from the start); none: start anew")
     run_name: str | None = option(None, "name of the run; none: <model>-<data set>-<time>")
-    logging_steps: int = option(10, "steps between lines of training metrics")
-    eval_steps: int = option(0, "steps between evaluations; 0: only at the end")
-    save_steps: int = option(0, "steps between checkpoints in checkpoints/step-N; 0: off (the final model is always saved)")
+    logging_steps: int | float = option(10, "steps between lines of training metrics; below 1: fraction of all steps")
+    eval_steps: int | float = option(0, "steps between evaluations; below 1: fraction of all steps; 0: only at the end")
+    eval_on_start: bool = option(False, "evaluate before the first step too")
+    save_steps: int | float = option(0, "steps between checkpoints in checkpoints/step-N; below 1: fraction; 0: off (the final model is always saved)")
     save_total_limit: int | None = option(None, "checkpoints to keep, the newest and besides them the best one; none: all")
     metric_for_best_model: str | None = option(None, "eval/ metric whose best evaluation gets a checkpoint, which is kept; none: off")
     greater_is_better: bool | None = option(None, "whether more of metric_for_best_model is better; none: yes, unless its name ends in loss")
+    load_best_model_at_end: bool = option(False, "save the weights of the best evaluation, not the last (metric_for_best_model, else eval/loss)")
+    early_stopping_patience: int | None = option(None, "evaluations in a row without a better metric_for_best_model (else eval/loss) that end the training; none: off")
+    early_stopping_threshold: float = option(0.0, "by how much it must be better to count")
     num_print_samples: int = option(4, "held-out pairs shown with their rewards at every evaluation; -1: all; 0: off")
     report_to: list[str] = option([], "trackers: wandb, tensorboard, any other of Accelerate's, all, or none")
     project: str = option("reward-model", "project name at the tracker")
@@ -136,10 +148,13 @@ class RewardConfig:
             if not ok:
                 raise ConfigError(f"{key}={getattr(c, key)!r}: {fix}")
 
+        if c.metric_for_best_model is None and (c.load_best_model_at_end or c.early_stopping_patience is not None):
+            c.metric_for_best_model = "eval/loss"
         positive = "lora_r lora_alpha learning_rate num_train_epochs micro_batch_tokens logging_steps adam_epsilon"
         optional_positive = (
             "train_batch_size per_device_train_batch_size gradient_accumulation_steps eval_micro_batch_tokens "
-            "max_train_samples max_eval_samples max_length dataset_num_proc save_total_limit center_rewards_coefficient"
+            "max_train_samples max_eval_samples max_length dataset_num_proc save_total_limit center_rewards_coefficient "
+            "head_learning_rate early_stopping_patience"
         )
         for key in positive.split():
             need(getattr(c, key) > 0, key, "must be greater than 0")
@@ -147,6 +162,10 @@ class RewardConfig:
             need(getattr(c, key) is None or getattr(c, key) > 0, key, "must be greater than 0, or none to turn it off")
         for key in "warmup_steps weight_decay max_grad_norm max_nonfinite_steps eval_steps save_steps seed".split():
             need(getattr(c, key) >= 0, key, "must be 0 or greater")
+        for key in ("logging_steps", "eval_steps", "save_steps"):
+            every = getattr(c, key)
+            need(every < 1 or every == int(every), key, "must be a number of steps, or a fraction of all steps below 1")
+        need(c.early_stopping_threshold >= 0, "early_stopping_threshold", "must be 0 or greater")
         for key in "lora_dropout warmup_ratio adam_beta1 adam_beta2".split():
             need(0 <= getattr(c, key) < 1, key, "must be in [0, 1)")
         need(0 <= c.label_smoothing_factor < 0.5, "label_smoothing_factor", "must be in [0, 0.5)")
@@ -157,12 +176,12 @@ class RewardConfig:
         need(not (c.dtype == "float16" and c.mixed_precision == "fp16"), "dtype", "fp16 autocast needs float32 weights")
         resumes_unnamed = c.resume_from_checkpoint and not (c.output_dir or c.run_name)
         need(not resumes_unnamed, "resume_from_checkpoint", "name the run to go on with: output_dir or run_name")
-        no_warmup = c.lr_scheduler_type == "constant"
+        no_warmup = c.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")
         for key in ("warmup_steps", "warmup_ratio"):
             need(
                 not (no_warmup and getattr(c, key)),
                 key,
-                "lr_scheduler_type=constant has no warm-up; use constant_with_warmup",
+                f"lr_scheduler_type={c.lr_scheduler_type} has no warm-up; use constant_with_warmup, say",
             )
         need(not (c.eval_fraction and c.eval_dataset_name), "eval_fraction", "eval_dataset_name is given too; give one")
         saves = c.save_steps > 0 or c.metric_for_best_model is not None
@@ -171,9 +190,19 @@ class RewardConfig:
             need(
                 c.metric_for_best_model.startswith("eval/"), "metric_for_best_model", "must be one of the eval/ metrics"
             )
-            need(c.eval_steps > 0, "metric_for_best_model", "does nothing while eval_steps is 0")
+            given = (c.early_stopping_patience is not None, c.load_best_model_at_end, True)
+            names = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model")
+            needs_it = names[given.index(True)]
+            need(c.eval_steps > 0, needs_it, "does nothing while eval_steps is 0")
         else:
             need(c.greater_is_better is None, "greater_is_better", "does nothing without metric_for_best_model")
+        if c.early_stopping_patience is None:
+            need(c.early_stopping_threshold == 0, "early_stopping_threshold", "needs early_stopping_patience")
+        if c.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            need(c.eval_steps > 0, "lr_scheduler_type", "goes by evaluations; set eval_steps")
+        if not c.optim.startswith("adamw"):
+            for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+                need(getattr(c, key) == defaults[key], key, f"does nothing with optim={c.optim}; see optim_args")
         if c.train_batch_size is not None:
             for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
                 need(getattr(c, key) is None, key, "train_batch_size is given too; give one of them")
@@ -209,5 +238,7 @@ def changed_options(before: dict[str, Any], now: dict[str, Any], places_too: boo
     `places_too`: also those that are otherwise compared by content.
     """
     free = MAY_CHANGE_ON_RESUME | (frozenset() if places_too else COMPARED_BY_CONTENT)
+    if now["early_stopping_patience"] or now["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy"):
+        free -= {"eval_steps"}  # then evaluations decide about the training
     names = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
     return [f"{name}: {before[name]!r} -> {now[name]!r}" for name in names]

@@ -10,7 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rm.checkpoint import CheckpointError, discard, find_checkpoint, list_checkpoints, read_state, set_aside
+from rm.checkpoint import (
+    CheckpointError,
+    copy_checkpoint,
+    damage,
+    discard,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    set_aside,
+)
 from rm.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -108,10 +117,16 @@ def _refuse(changes: list[str], where: Path) -> None:
         raise RunDirError(f"{where} is of another run ({'; '.join(changes)}); {fix}")
 
 
-def claim_output_dir(output_dir: Path, config_yaml: str, report: dict[str, Any], checkpoint: Path | None) -> None:
+def claim_output_dir(
+    output_dir: Path,
+    config_yaml: str,
+    report: dict[str, Any],
+    checkpoint: Path | None,
+    best_step: int | None = None,
+) -> None:
     """Write what describes the run, and put away what an earlier one left: all of it, or what is past `checkpoint`.
 
-    From a checkpoint of a run elsewhere, the lines of its metrics.jsonl are taken along.
+    From a checkpoint of a run elsewhere, the lines of its metrics.jsonl and the checkpoint of `best_step` come along.
     """
     (output_dir / "results.json").unlink(missing_ok=True)
     folder = output_dir / "checkpoints"
@@ -126,7 +141,11 @@ def claim_output_dir(output_dir: Path, config_yaml: str, report: dict[str, Any],
         for step, newer in list_checkpoints(folder):
             if step > step_done:  # damaged, or not wanted: the run comes by here again
                 set_aside(newer)
-    elif (lines := checkpoint.resolve().parent.parent / "metrics.jsonl").is_file():
-        write_text(output_dir / "metrics.jsonl", lines.read_text(encoding="utf-8"))
+    else:
+        best = checkpoint.resolve().parent / f"step-{best_step}"
+        if best.is_dir() and damage(best) is None:
+            copy_checkpoint(best, folder)
+        if (lines := checkpoint.resolve().parent.parent / "metrics.jsonl").is_file():
+            write_text(output_dir / "metrics.jsonl", lines.read_text(encoding="utf-8"))
     write_text(output_dir / "config.yaml", config_yaml)
     write_text(output_dir / "data_report.json", json.dumps(report, indent=2))

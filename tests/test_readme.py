@@ -51,7 +51,8 @@ def test_option_table_is_complete():
 
 def test_glossary_has_every_metric(tmp_path):
     reset_accelerate()
-    summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={tmp_path / 'out'}"])
+    more = ["--head_learning_rate=1e-3", "--metric_for_best_model=eval/loss", "--eval_steps=2"]
+    summary = train_rm.main(["dataset_name=toy", *SMALL, *more, f"--output_dir={tmp_path / 'out'}"])
     lines = (tmp_path / "out" / "metrics.jsonl").read_text()
     emitted = set(summary) | set(re.findall(r'"((?:train|eval|optim|speed)/[\w/]+)"', lines))
     subsets = {name.split("/")[1] for name in emitted if name.count("/") == 2}
