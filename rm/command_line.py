@@ -15,6 +15,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rm.config import TINY_LLAMA, ConfigError, RewardConfig
+from rm.from_trl import answer
 from rm.redact import HIDDEN
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -69,6 +70,8 @@ def _literal(text: str) -> Any:
 
 def _check_key(key: str, where: str) -> str:
     names = [f.name for f in dataclasses.fields(RewardConfig)]
+    if key not in names and (elsewhere := answer(key)):
+        raise ConfigError(f"{where}: '{key}' is TRL's name; here: {elsewhere}")
     if key not in names:
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see --help for all keys"

@@ -4,7 +4,7 @@ import importlib.util
 import shutil
 
 import pytest
-from runs import SMALL, assert_same_bits, assert_same_run, lines
+from runs import SMALL, assert_same_bits, assert_same_run, lines, summary
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -83,3 +83,20 @@ def test_a_step_that_is_not_finite_is_left_out(zero_zygote, tmp_path, stage):
 def test_stage_0_is_refused(zero_zygote, tmp_path):
     runs = zero_zygote.start_many(2, [*OPTIONS, "--output_dir=out"], tmp_path, ACCELERATE_DEEPSPEED_ZERO_STAGE="0")
     assert [run.wait() for run in runs] == [2, 2] and "zero_stage: 0 gives no gradient norm" in runs[0].stderr
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_the_best_weights_are_saved(zero_zygote, zygote, tmp_path, stage):
+    options = [*OPTIONS, "--max_steps=12", "--warmup_steps=12", "--learning_rate=0.1", "--save_steps=0"]
+    options += ["--lr_scheduler_type=constant_with_warmup", "--eval_steps=2", "--head_learning_rate=0.05"]
+    options += ["--load_best_model_at_end", "--early_stopping_patience=2"]
+    zygote.run(1, [*options, "--output_dir=one"], tmp_path)
+    zero_zygote.run(2, [*options, "--output_dir=zero"], tmp_path, ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)
+    one, zero = (summary(tmp_path / name) for name in ("one", "zero"))
+    assert one["train/best_step"] == zero["train/best_step"] < one["train/steps"] == zero["train/steps"]
+    assert_same_run(tmp_path / "one", tmp_path / "zero", loss=1e-4, weight=1e-3)
+
+
+def test_other_optimizers_are_refused(zero_zygote, tmp_path):
+    runs = zero_zygote.start_many(2, [*OPTIONS, "--optim=sgd", "--output_dir=out"], tmp_path)
+    assert [run.wait() for run in runs] == [2, 2] and "optim=sgd: under DeepSpeed only AdamW" in runs[0].stderr
