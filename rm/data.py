@@ -20,6 +20,8 @@ import glob
 import hashlib
 import json
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,7 +304,7 @@ def _cached_map(source: Source, tokenizer: Any, recipe: Recipe, num_proc: int) -
     num_proc = min(num_proc, len(dataset))
     features = _features(source)
     try:
-        with progress_bars(len(dataset) > 20_000), _no_collector():
+        with progress_bars(len(dataset) > 20_000), _no_collector(), _workers_that_end(num_proc):
             table = dataset.with_format("arrow" if recipe.format == "tokenized" else None).map(
                 encode_batch,
                 with_indices=True,
@@ -332,6 +334,22 @@ def _no_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _workers_that_end(num_proc: int) -> Iterator[None]:
+    """SIGTERM acts as always: after a wrong row the pool ends its workers by it, and waits for them without a limit.
+
+    They would inherit a handler that lets them live: of an earlier run in this process, say, or of a job framework.
+    """
+    if num_proc == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _is_readable(dataset: Dataset, row: int) -> bool:

@@ -6,7 +6,9 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
+import signal
 
 import datasets
 import numpy as np
@@ -19,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import rm.data
 from rm.data import DataError, audit_table, data_report, load_pairs, load_raw, tokenize_pairs
 from rm.encode import shared_prefix_length, truncate_left
+from rm.render import RowError
 from rm.shared_start import _cut, can_share_prefix, encode_pairs
 
 WORDS = "a b c d e f g x y z hi no yes ok Human : Assistant city tool date plain".split()
@@ -682,6 +685,23 @@ def test_in_two_processes(tokenizer, tmp_path):
     rows[-1]["rejected"] = None
     with pytest.raises(DataError, match=rf"rows.jsonl, row {len(rows) - 1}: 'rejected' is missing \(null\)"):
         pairs_of(rows, tokenizer, tmp_path, dataset_num_proc=2)
+
+
+def tell(batch, rows, **_):
+    raise RowError(rows[0], f"SIGTERM does {signal.getsignal(signal.SIGTERM)!r}")
+
+
+def test_the_workers_inherit_no_handler(tokenizer, tmp_path, monkeypatch):
+    """With one that lets them live, the end of the pool after a wrong row would wait for them for ever."""
+
+    def handler(*_):
+        os._exit(1)
+
+    monkeypatch.setattr("rm.data.encode_batch", tell)
+    signal.signal(signal.SIGTERM, handler)
+    with pytest.raises(DataError, match="row [01]: SIGTERM does <Handlers.SIG_DFL: 0>"):
+        pairs_of([{"chosen": "a", "rejected": "b"}] * 2, tokenizer, tmp_path, dataset_num_proc=2)
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 # ---------------------------------------------------------------- encoding a shared start once
