@@ -182,7 +182,7 @@ def _template_variables(batch, rows: list[int], recipe: Recipe) -> list[dict]:
 def _render(conversations: list, variables: list[dict], rows: list[int], tokenizer) -> list[str]:
     """The texts. A template comes with the model and may loop or grow for ever: it gets a time and a memory."""
     try:
-        with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
+        with memory_limit(RENDER_BYTES), time_limit(RENDER_SECONDS):  # so that no alarm comes while memory is set back
             return _render_all(conversations, variables, rows, tokenizer)
     except OutOfTime:
         fix = "give another one by chat_template_path"
@@ -210,23 +210,32 @@ def _render_all(conversations: list, variables: list[dict], rows: list[int], tok
     return texts
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` inside after `seconds`. Only the main thread can have that, and not on Windows."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class time_limit:  # noqa: N801
+    """Raise `OutOfTime` inside after `seconds`. Only the main thread can have that, and not on Windows.
 
-    def stop(*_) -> None:
-        raise OutOfTime
+    A class and not a generator: only so can the handler tell an alarm that comes during its own entry or exit, where it
+    would leave the alarm on for the rest of the program.
+    """
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again: Python drops what is raised in a destructor
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.acts = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> None:
+        if self.acts:
+            self.before = signal.signal(signal.SIGALRM, self._stop)
+            # and again: Python drops what is raised in a destructor
+            signal.setitimer(signal.ITIMER_REAL, self.seconds, 1)
+
+    def __exit__(self, *_) -> None:
+        if self.acts:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self.before or signal.SIG_DFL)  # None: a library's, which Python cannot set
+
+    def _stop(self, _, frame) -> None:
+        own = (time_limit.__enter__.__code__, time_limit.__exit__.__code__)
+        if frame is None or frame.f_code not in own:
+            raise OutOfTime
 
 
 @contextlib.contextmanager

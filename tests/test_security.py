@@ -1,10 +1,13 @@
 """What comes with data, models and repositories may not execute, ask, loop, write elsewhere, or reach a log."""
 
+import contextlib
 import json
 import os
 import pickle
 import pty
+import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -204,17 +207,16 @@ def test_no_question_on_a_terminal(model, tmp_path, marker):
     command = [sys.executable, str(ROOT / "train_rm.py"), *options, "--output_dir=out"]
     running = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, cwd=tmp_path, env=env)
     os.close(its)
-    shown = b""
+    shown, deadline = b"", time.monotonic() + 120
     try:
-        while chunk := os.read(ours, 4096):
-            shown += chunk
-            assert b"y/N" not in shown, shown.decode()
+        while b"y/N" not in shown and select.select([ours], [], [], max(0, deadline - time.monotonic()))[0]:
+            shown += os.read(ours, 4096)
     except OSError:  # how a terminal ends
-        pass
+        assert running.wait(timeout=60) == 2, shown.decode()
     finally:
-        running.kill() if b"y/N" in shown else None
+        running.kill()
         os.close(ours)
-    assert running.wait(timeout=60) == 2, shown.decode()
+    assert running.wait(timeout=60) == 2, shown.decode()  # and not killed, after a question or in vain
     assert shown.decode().strip().splitlines()[-1].endswith(ALLOW) and b"Traceback" not in shown
 
 
@@ -306,10 +308,22 @@ def test_time_limit():
             pass
         thread = threading.Thread(target=lambda: [ended.append(1) for _ in [0] for _ in [time_limit(0.01).__enter__()]])
         thread.start()
-        thread.join()
+        thread.join(timeout=10)
         assert ended == [1] and signal.getitimer(signal.ITIMER_REAL) == (0, 0)  # no limit, and no error either
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_time_limit_leaves_no_alarm():
+    """Also when the alarm comes at the very end, or the next one would hit whatever the program does then."""
+    seconds, chance = 0.0005, random.Random(0)
+    for _ in range(1000):
+        end = time.perf_counter() + seconds + chance.uniform(-2e-5, 1e-5)
+        with contextlib.suppress(OutOfTime), time_limit(seconds):
+            while time.perf_counter() < end:
+                pass
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the data of a process")
