@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: no network, no tracker account, tiny models from configs."""
 
+import ctypes
 import json
 import logging
 import os
@@ -19,10 +20,14 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa: E402
 
+if sys.platform == "linux":  # forked children end with us: pytest waits for all who hold the pipe of a worker that hung
+    PR_SET_PDEATHSIG, libc = 1, ctypes.CDLL(None)
+    os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 PAD, EOS, VOCAB = 0, 1, 64
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # which a run in this process would keep
+HANDLERS = {number: signal.getsignal(number) for number in STOPPING}
 
 COMMON = dict(
     vocab_size=VOCAB,
@@ -91,10 +96,11 @@ def random_pairs(num_pairs: int = 6, seed: int = 0, max_prefix: int = 12, max_su
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """A run in this process leaves its handlers behind, and a pool of processes that inherits them never ends."""
-    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    """A run in this process leaves its handlers behind, also one in a fixture of a module, which runs before this."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in handlers.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

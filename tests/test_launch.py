@@ -7,20 +7,13 @@ import sys
 import time
 
 import pytest
-from runs import ROOT, SMALL, assert_same_bits, lines, record, weights
+from runs import ROOT, SMALL, assert_same_bits, lines, record, wait_until, weights
 
 from rm import launch
 from rm.launch import StopSignal, is_orphan, processes_asked_for
 
 ENDLESS = ["dataset_name=toy", *SMALL, "--max_steps=100000", "--logging_steps=4", "--output_dir=out"]
 LATEST = "--resume_from_checkpoint=latest"
-
-
-def wait_until(condition, timeout: float = 90) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def trains(folder) -> bool:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from runs import SMALL, assert_same_run, lines, program
+from runs import SMALL, assert_same_run, lines, program, wait_until
 from safetensors.torch import load_file
 
 RAGGED = ["dataset_name=toy", *SMALL, "--train_batch_size=17", "--max_train_samples=50", "--eval_steps=2"]  # 17, 17, 16
@@ -119,9 +119,9 @@ def test_one_that_fails_ends_the_others(zygote, tmp_path, rank, name):
 
 def test_a_process_that_is_killed_ends_the_others(zygote, tmp_path):
     runs = zygote.start_many(2, [*RAGGED, "--max_steps=100000", "--output_dir=out"], tmp_path)
-    while not (tmp_path / "out" / "metrics.jsonl").exists() or not lines(tmp_path / "out", "step"):
-        assert runs[0].poll() is None
-        time.sleep(0.05)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_until(lambda: runs[0].poll() is not None or metrics.exists() and lines(metrics.parent, "step"))
+    assert runs[0].poll() is None, runs[0].stderr
     os.kill(runs[1].pid, 9)
     assert runs[0].wait(timeout=30) != 0
 

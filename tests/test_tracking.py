@@ -18,6 +18,7 @@ import wandb_files
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from runs import wait_until
 from wandb_stub import Stub
 
 from rm import tracking
@@ -369,15 +370,20 @@ def test_wandb_online_then_outage(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "of-the-user")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-c", OUTAGE, str(tmp_path), stub.url]  # its threads would disturb other tests
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    imported, seconds = process.stdout.readline(), process.stdout.readline()
-    process.kill()  # W&B's service would go on trying for some twenty seconds
-    process.communicate()
+    said = tmp_path / "said"
+    with open(said, "w") as file:
+        process = subprocess.Popen(command, stdout=file)
+    try:
+        wait_until(lambda: process.poll() is not None or said.read_text().count("\n") == 2)
+    finally:
+        process.kill()  # W&B's service would go on trying for some twenty seconds
+        process.wait(timeout=10)
+    imported, seconds = said.read_text().splitlines()
     ((run_id, info),) = stub.runs.items()
     assert (info["project"], info["displayName"]) == ("of-the-user", "n")
     logging, closing = map(float, seconds.split())
     assert logging < 2 and closing < 6
-    assert imported == "set()\n"  # importing rm.tracking imports no tracker
+    assert imported == "set()"  # importing rm.tracking imports no tracker
     assert len(lines(tmp_path)) == 100
     stub.close()
 
@@ -415,7 +421,7 @@ def test_wandb_settings(tmp_path, monkeypatch):
         assert (settings.init_timeout, settings.finish_timeout) == (7, 8)
         stopper = threading.Thread(target=settings.stop_fn)  # W&B calls it on a thread
         stopper.start()
-        stopper.join()
+        stopper.join(timeout=10)
         time.sleep(0.01)
         assert got == [signal.SIGTERM]
         run.close()

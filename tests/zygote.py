@@ -5,6 +5,7 @@ Every run is a process of its own, with its id, exit status, files, signals and 
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ANSWER_SECONDS = 120  # the first answer comes after the imports
 
 
 class Run:
@@ -58,7 +60,12 @@ class Zygote:
     def ask(self, question: dict):
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        if not select.select([self.process.stdout], [], [], ANSWER_SECONDS)[0]:
+            self.process.kill()
+            raise TimeoutError(f"no answer to {question} in {ANSWER_SECONDS} s")
+        if not (answer := self.process.stdout.readline()):
+            raise RuntimeError(f"ended with {self.process.wait(timeout=10)} instead of an answer to {question}")
+        return json.loads(answer)
 
     def start(self, argv: list[str], cwd: Path, fault: str = "", **env: str) -> Run:
         """`fault`: Python code that runs before the program, to break something in it."""
@@ -87,7 +94,11 @@ class Zygote:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
 
 
 def child(task: dict, run) -> None:
