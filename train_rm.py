@@ -30,6 +30,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rm.adapters import load_trainable
 from rm.attention import block_size
 from rm.audit import audit_table, data_report
 from rm.batching import StepPlan
@@ -44,7 +45,7 @@ from rm.checkpoint import (
 )
 from rm.collate import COLUMNS, collate
 from rm.command_line import parse_config
-from rm.config import ConfigError, changed_options
+from rm.config import LORA_OPTIONS, ConfigError, RewardConfig, changed_options
 from rm.data import load_pairs
 from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
 from rm.export import ExportError, save_model, verify_export
@@ -55,10 +56,12 @@ from rm.load import DataError
 from rm.loss import pairwise_loss
 from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb, settle_buckets
 from rm.metrics import Meter
-from rm.model import ModelError, RewardModel, check_positions, compile_layers
+from rm.model import ModelError, RewardModel, check_positions, compile_layers, use_liger_kernels
 from rm.optim import FOLLOW_A_METRIC, make_optimizer, make_scheduler, parameter_groups
-from rm.pretrained import add_lora, load_classifier, load_tokenizer
+from rm.precision import cast_weights, set_tf32
+from rm.pretrained import load_tokenizer
 from rm.provenance import model_fingerprint, provenance
+from rm.quantization import quantization_config
 from rm.redact import redact, redact_arguments, safe_line
 from rm.run_dir import RunDirError, claim_output_dir, find_start, open_output_dir, refuse_other_content
 from rm.tracking import RunLog, finite, prepare_trackers
@@ -103,6 +106,24 @@ def make_accelerator(mixed_precision: str | None, max_grad_norm: float) -> Accel
     return accelerator
 
 
+def refuse_what_cannot_act(config: RewardConfig, accelerator: Accelerator) -> None:
+    """Raise `ConfigError` for options that this engine or device cannot do."""
+    engine, on_cpu = accelerator.distributed_type, accelerator.device.type == "cpu"
+    shards = engine in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    for name in ("load_in_4bit", "load_in_8bit", "eval_dtype"):
+        if shards and (value := getattr(config, name)):
+            raise ConfigError(f"{name}={value}: cannot act under {engine.value}; use DDP or one process")
+    if config.auto_find_batch_size and not can_repeat_steps(engine):
+        raise ConfigError(f"auto_find_batch_size=True: cannot act under {engine.value}; set micro_batch_tokens instead")
+    if engine == DistributedType.DEEPSPEED and not config.optim.startswith("adamw"):
+        raise ConfigError(f"optim={config.optim}: under DeepSpeed only AdamW's state can be saved; use adamw_torch")
+    for name in ("activation_offloading", "use_liger_kernel"):
+        if on_cpu and getattr(config, name):
+            raise ConfigError(f"{name}=True: it cannot act without a GPU; leave it out")
+    if on_cpu and config.attn_implementation == "flex_attention":
+        raise ConfigError("attn_implementation=flex_attention: it has no backward pass on a CPU; use sdpa")
+
+
 def sync_on_last(accelerator: Accelerator, model: torch.nn.Module, i: int, count: int, never: bool = False):
     """Context for micro-batch `i` of `count`: gradients cross the wire on the last one only, or `never`."""
     accelerator.gradient_state._set_sync_gradients(i == count - 1)  # DeepSpeed and the fp16 scaler look here
@@ -139,13 +160,8 @@ def main(argv: list[str]) -> dict:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     accelerator = make_accelerator(config.mixed_precision, config.max_grad_norm)
-    if config.auto_find_batch_size and not can_repeat_steps(accelerator.distributed_type):
-        fix = f"cannot act under {accelerator.distributed_type.value}; set micro_batch_tokens instead"
-        raise ConfigError(f"auto_find_batch_size=True: {fix}")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and not config.optim.startswith("adamw"):
-        raise ConfigError(f"optim={config.optim}: under DeepSpeed only AdamW's state can be saved; use adamw_torch")
-    if config.attn_implementation == "flex_attention" and accelerator.device.type == "cpu":
-        raise ConfigError("attn_implementation=flex_attention: it has no backward pass on a CPU; use sdpa")
+    refuse_what_cannot_act(config, accelerator)
+    set_tf32(config.tf32)
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     open_dir = partial(
         open_output_dir,
@@ -166,6 +182,7 @@ def main(argv: list[str]) -> dict:
         accelerator.end_training()
         return finished
     is_half = accelerator.mixed_precision != "no" or config.dtype != "float32"
+    is_half |= config.load_in_4bit or config.load_in_8bit or bool(config.tf32)
     if config.full_determinism:
         transformers.enable_full_determinism(config.seed)
     seed_everything(config.seed, 0, accelerator.process_index)
@@ -201,9 +218,21 @@ def main(argv: list[str]) -> dict:
         Console().print(audit_table(train_pairs, eval_pairs))
 
     # ------------------------------------------------------------------------------ model
-    classifier = load_classifier(
+    quantization = quantization_config(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        dtype=config.dtype,
+        quant_type=config.bnb_4bit_quant_type,
+        nested=config.use_bnb_nested_quant,
+        quant_storage=config.bnb_4bit_quant_storage,
+    )
+    classifier = load_trainable(
         config.model_name_or_path,
         tokenizer,
+        use_peft=config.use_peft,
+        lora={name: getattr(config, name) for name in LORA_OPTIONS},
+        given=config.changed(LORA_OPTIONS),
+        peft_config=config.peft_config,
         seed=config.seed,
         revision=config.model_revision,
         dtype=config.dtype,
@@ -211,17 +240,15 @@ def main(argv: list[str]) -> dict:
         trust_remote_code=config.trust_remote_code,
         disable_dropout=config.disable_dropout,
         gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs,
+        quantization_config=quantization,
     )
-    if config.use_peft:
-        classifier = add_lora(
-            classifier,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules,
-            revision=config.model_revision,
-        )
-    model = RewardModel(classifier)
+    model = RewardModel(
+        classifier,
+        activation_offloading=config.activation_offloading,
+        neftune_noise_alpha=config.neftune_noise_alpha,
+    )
+    undo_liger = use_liger_kernels(model, config.liger_kernel_config) if config.use_liger_kernel else None
     check_positions(model, max(train_pairs.audit["max_tokens"], eval_pairs.audit["max_tokens"]))
     if config.torch_compile:
         logger.info(f"torch_compile: one graph for {compile_layers(model)} layers, made in the first steps")
@@ -353,7 +380,8 @@ def main(argv: list[str]) -> dict:
 
     def evaluate(step: int) -> dict[str, float]:
         """Score the held-out pairs, log the metrics, show the samples. Collective."""
-        rewards = score(eval_pairs.dataset)
+        with cast_weights(model, config.eval_dtype):
+            rewards = score(eval_pairs.dataset)
         metrics = to_metrics(rewards)
         if accelerator.is_main_process:
             run_log.log(metrics, step)
@@ -555,6 +583,8 @@ def main(argv: list[str]) -> dict:
     summary["speed/pairs_per_second"] = round(total_pairs / max(train_seconds, 1e-9), 2)
     summary["speed/peak_memory_gb"] = round(peak_memory_gb(accelerator.device), 3)
     summary = {name: finite(value) for name, value in summary.items()}  # JSON has no NaN
+    if undo_liger is not None:
+        undo_liger()  # what is saved is checked on a CPU
     if accelerator.is_main_process:
         save_model(
             getattr(model, "module", model),
@@ -564,6 +594,7 @@ def main(argv: list[str]) -> dict:
             merge_adapter=config.merge_adapter,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
+            quantization_config=quantization,
         )
         verify_export(
             output_dir,
@@ -572,6 +603,7 @@ def main(argv: list[str]) -> dict:
             tolerance=5e-2 if is_half else 1e-3,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
+            quantization_config=quantization,
         )
         summary |= {"speed/total_seconds": round(time.perf_counter() - started, 2), "output_dir": str(output_dir)}
         results = {

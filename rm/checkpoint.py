@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from rm.files import GO_ON, fsync, fsync_folder
 from rm.launch import on_main_process
+from rm.quantization import is_quantised
 from rm.zero import gather_state, is_zero, scatter_state
 
 logger = logging.getLogger(__name__)
@@ -159,6 +161,10 @@ def read_state(path: Path) -> dict[str, Any]:
 def full_state_dict(model: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
     """All weights of a prepared model on the CPU, without the engine's prefixes. Collective; empty off the main process
     where the engine shards. `trained_only`: without frozen weights."""
+    if is_quantised(model):  # whose state dicts hold more than weights, which torch cannot name; nothing shards them
+        trained = trained_names(model)
+        weights = {re.sub(WRAPPERS, "", name): w.detach().cpu() for name, w in model.state_dict().items()}
+        return {name: w for name, w in weights.items() if not trained_only or name in trained}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     return get_model_state_dict(model, options=options)
 
@@ -248,7 +254,19 @@ def load_checkpoint(
     options = dict(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
     if has_moments:  # first, since torch may make room for the moments by a step
         set_optimizer_state_dict(model, bare, moments, options=StateDictOptions(**options))
+    if is_quantised(model):
+        return _copy_weights(model, weights, accelerator)
     set_model_state_dict(model, weights, options=StateDictOptions(**options, strict=False))  # frozen ones are not in it
+
+
+@torch.no_grad()
+def _copy_weights(model: nn.Module, weights: dict[str, Tensor], accelerator: Accelerator) -> None:
+    """Copy the main process's `weights` into the trained ones of a model that nothing shards. Collective."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            if accelerator.is_main_process:
+                p.copy_(weights[re.sub(WRAPPERS, "", name)])
+            broadcast(p.data)
 
 
 def _bare(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:

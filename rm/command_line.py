@@ -37,15 +37,14 @@ def _coerce(key: str, value: Any, where: str) -> Any:
     choices = [c for a in accepts if get_origin(a) is Literal for c in get_args(a)]
     if value is False and "no" in choices:  # YAML reads a bare `no` as false
         value = "no"
-    if hint == list[str]:
-        if value is None or value in ("", "none"):
-            return []
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",")]
+    if hint == list[str] and (value is None or value in ("", "none")):
+        return []
     if isinstance(value, tuple):
         value = list(value)
     if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in accepts:
         return None
+    if isinstance(value, str) and list[str] in accepts and str not in accepts:
+        value = [part.strip() for part in value.split(",")]
     is_number = not isinstance(value, bool) or bool in accepts
     try:
         if not is_number and choices == []:

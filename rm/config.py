@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,13 +33,17 @@ Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "ada
 
 # What a resumed run may have otherwise than its checkpoint: nothing here changes the training beyond rounding ...
 MAY_CHANGE_ON_RESUME = frozenset(
-    "trust_remote_code attn_implementation gradient_checkpointing merge_adapter dataset_num_proc max_nonfinite_steps "
+    "trust_remote_code attn_implementation gradient_checkpointing gradient_checkpointing_kwargs activation_offloading "
+    "use_liger_kernel liger_kernel_config merge_adapter dataset_num_proc max_nonfinite_steps "
     "micro_batch_tokens eval_micro_batch_tokens auto_find_batch_size torch_compile layout output_dir "
     "overwrite_output_dir resume_from_checkpoint run_name logging_steps eval_steps save_steps save_total_limit "
     "num_print_samples report_to project load_best_model_at_end".split()
 )
 # ... and these name things that are compared by their content (a file may lie elsewhere on another machine)
 COMPARED_BY_CONTENT = frozenset("model_name_or_path dataset_name eval_dataset_name chat_template_path".split())
+LORA_OPTIONS = (
+    "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora"
+).split()
 
 
 class ConfigError(ValueError):
@@ -65,14 +70,25 @@ class RewardConfig:
     attn_implementation: str | None = option(None, "sdpa, eager, flex_attention, flash_attention_2, ...; none: transformers' choice (on a CPU: sdpa_by_tree)")
     disable_dropout: bool = option(True, "set every dropout of the base model to 0 (lora_dropout is its own option)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third more time")
+    gradient_checkpointing_kwargs: dict[str, Any] | None = option(None, "what torch.utils.checkpoint takes besides, as a dict; none: use_reentrant False")
     chat_template_path: str | None = option(None, "Jinja file, or folder of a tokenizer, whose chat template is used; none: the tokenizer's own")
 
-    use_peft: bool = option(False, "train a LoRA adapter and the head instead of all weights", "LoRA")
+    use_peft: bool = option(False, "train an adapter (LoRA, or peft_config's) and the head instead of all weights; if model_name_or_path is an adapter: train that one further", "PEFT")
     lora_r: int = option(16, "rank")
     lora_alpha: int = option(32, "scale: the update is multiplied by lora_alpha / lora_r")
+    use_rslora: bool = option(False, "multiply by lora_alpha / sqrt(lora_r) instead (rank-stabilised LoRA)")
+    use_dora: bool = option(False, "train the length of every column of weights besides its direction (DoRA)")
     lora_dropout: float = option(0.05, "dropout on the adapter's input; 0: off")
     lora_target_modules: str | list[str] | None = option(None, "layer names, or all-linear; none: PEFT's choice for the architecture")
+    lora_target_parameters: list[str] | None = option(None, "names of parameters that are no layers, such as mlp.experts.gate_up_proj; none: layers only")
+    lora_modules_to_save: list[str] | None = option(None, "modules trained in full besides the head, and saved with the adapter; none: the head alone")
+    peft_config: str | None = option(None, "JSON or YAML file with any PEFT method's config (peft_type: IA3, ...), instead of the lora_ options; none: LoRA")
     merge_adapter: bool = option(False, "save the final model with the adapter merged into the weights (the adapter goes to adapter/)")
+    load_in_4bit: bool = option(False, "quantise the base to 4 bits under the adapter (needs bitsandbytes and use_peft)")
+    load_in_8bit: bool = option(False, "quantise it to 8 bits")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "the 4-bit numbers")
+    use_bnb_nested_quant: bool = option(False, "quantise the scales of 4-bit weights too")
+    bnb_4bit_quant_storage: str | None = option(None, "torch type that 4-bit weights are stored as, such as bfloat16 for FSDP; none: uint8")
 
     dataset_name: str = option("toy", "hub name, .json/.jsonl/.parquet/.csv file (also .gz), save_to_disk folder, or toy (embedded)", "Data")
     dataset_config: str | None = option(None, "configuration (subset) of a hub data set")
@@ -111,6 +127,7 @@ class RewardConfig:
     adam_epsilon: float = option(1e-8, "AdamW epsilon")
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: off (the norm is still logged)")
     max_nonfinite_steps: int = option(0, "steps in a row that may be left out because their loss or gradient is NaN or infinite; 0: the first one ends the run")
+    neftune_noise_alpha: float | None = option(None, "NEFTune: noise of at most alpha / sqrt(tokens in the sequence x width) on input embeddings in training; 5 to 15; none: off")
     seed: int = option(42, "everything random is a function of (seed, step, process)")
     full_determinism: bool = option(False, "deterministic kernels where there is a choice: the same bits on a GPU too, slower")
 
@@ -120,6 +137,12 @@ class RewardConfig:
     torch_compile: bool = option(False, "compile the repeated layer (about 15 s a graph, in the first steps): faster where it is long used")
     layout: Literal["auto", "shared_prefix", "concatenated"] = option("auto", "how pairs become rows; auto: shared_prefix where a start-up check proves it right")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "autocast; none: as `accelerate launch` was told")
+
+    eval_dtype: Literal["bfloat16", "float16"] | None = option(None, "cast the weights to this type for the evaluations of the run (TRL: bf16_full_eval); none: as in training")
+    tf32: bool | None = option(None, "multiply float32 matrices in TF32 (NVIDIA, Ampere or newer), or never; none: torch's choice")
+    use_liger_kernel: bool = option(False, "Liger's Triton kernels for norms, MLPs and rotary positions (needs liger-kernel and a GPU)")
+    liger_kernel_config: dict[str, bool] | None = option(None, "which of them, as a dict such as {rope: false}; none: all")
+    activation_offloading: bool = option(False, "keep activations in the CPU's memory until the backward pass: less memory, more time; needs a GPU")
 
     output_dir: str | None = option(None, "folder of the run; none: runs/<run_name>", "Output")
     overwrite_output_dir: bool = option(False, "allow an output_dir that already holds a run")
@@ -154,7 +177,7 @@ class RewardConfig:
         optional_positive = (
             "train_batch_size per_device_train_batch_size gradient_accumulation_steps eval_micro_batch_tokens "
             "max_train_samples max_eval_samples max_length dataset_num_proc save_total_limit center_rewards_coefficient "
-            "head_learning_rate early_stopping_patience"
+            "head_learning_rate early_stopping_patience neftune_noise_alpha"
         )
         for key in positive.split():
             need(getattr(c, key) > 0, key, "must be greater than 0")
@@ -206,13 +229,28 @@ class RewardConfig:
         if c.train_batch_size is not None:
             for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
                 need(getattr(c, key) is None, key, "train_batch_size is given too; give one of them")
-        if not c.use_peft:
-            for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "merge_adapter"):
-                need(getattr(c, key) == defaults[key], key, "does nothing while use_peft is false")
+        kwargs_act = c.gradient_checkpointing or c.gradient_checkpointing_kwargs is None
+        need(kwargs_act, "gradient_checkpointing_kwargs", "does nothing while gradient_checkpointing is false")
+        liger_acts = c.use_liger_kernel or c.liger_kernel_config is None
+        need(liger_acts, "liger_kernel_config", "does nothing while use_liger_kernel is false")
+        for key in (*LORA_OPTIONS, "peft_config", "merge_adapter", "load_in_4bit", "load_in_8bit"):
+            need(c.use_peft or getattr(c, key) == defaults[key], key, "does nothing while use_peft is false")
+        for key in LORA_OPTIONS:
+            with_lora = c.peft_config is None or getattr(c, key) == defaults[key]
+            need(with_lora, key, "peft_config is given too, which names the method and all its settings")
+        need(not (c.load_in_4bit and c.load_in_8bit), "load_in_8bit", "load_in_4bit is given too; give one of them")
+        for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
+            need(c.load_in_4bit or getattr(c, key) == defaults[key], key, "does nothing while load_in_4bit is false")
+        storage = c.bnb_4bit_quant_storage in (None, "uint8", "float16", "float32", "float64", "bfloat16")
+        need(storage, "bnb_4bit_quant_storage", "must be uint8, float16, float32, float64 or bfloat16, or none")
         for key in ("run_name", "project"):  # both become folders
             name = getattr(c, key)
             safe = name is None or Path(name).name == name and name not in ("", ".", "..")
             need(safe, key, "must be a plain name, not a path (use output_dir for a folder)")
+
+    def changed(self, names: Sequence[str]) -> list[str]:
+        """Those of the options `names` that are not at their default."""
+        return [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
 
     def global_batch_size(self, num_processes: int) -> int:
         """Pairs per optimizer step over all processes, from either way of saying it."""

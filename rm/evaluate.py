@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from rm.adapters import load_trained
 from rm.attention import block_size
 from rm.batching import PairLengths, plan_micro_batches
 from rm.collate import COLUMNS, collate
@@ -26,7 +27,9 @@ from rm.forward import LayoutError, concatenated_forward, resolve_layout
 from rm.load import DataError, load_raw
 from rm.metrics import evaluation_metrics
 from rm.model import ModelError, RewardModel, check_positions, use_cpu_kernel
-from rm.pretrained import load_tokenizer, load_trained
+from rm.precision import cast_weights, set_tf32
+from rm.pretrained import load_tokenizer
+from rm.quantization import quantization_config
 from rm.redact import safe_line
 
 
@@ -103,6 +106,7 @@ def main(argv: list[str]) -> dict[str, float]:
     config = parse_config([*base, f"model_name_or_path={name}", *rest])
 
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+    set_tf32(config.tf32)
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     rendering = dict(
         max_length=config.max_length,
@@ -135,12 +139,22 @@ def main(argv: list[str]) -> dict[str, float]:
                 accept_only_split=True,
             )
             pairs = tokenize_pairs(source, tokenizer, **rendering)
-    trained = load_trained(name, tokenizer, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    quantization = quantization_config(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        dtype=config.dtype,
+        quant_type=config.bnb_4bit_quant_type,
+        nested=config.use_bnb_nested_quant,
+        quant_storage=config.bnb_4bit_quant_storage,
+    )
+    options = dict(trust_remote_code=config.trust_remote_code, quantization_config=quantization)
+    trained = load_trained(name, tokenizer, dtype=config.dtype, **options)
     model = RewardModel(trained)
     use_cpu_kernel(model.bare)
     check_positions(model, pairs.audit["max_tokens"])
     model = accelerator.prepare_model(model, evaluation_mode=True)
     tokens = pairs.dataset.with_format("numpy")
+    is_half = accelerator.mixed_precision != "no" or quantization is not None or bool(config.tf32)
     layout, _ = resolve_layout(
         config.layout,
         model,
@@ -148,16 +162,17 @@ def main(argv: list[str]) -> dict[str, float]:
         pair_lengths(pairs.dataset).short_ones(),
         tokenizer.pad_token_id,
         accelerator.device,
-        tolerance=1e-4 if accelerator.mixed_precision == "no" else 5e-2,
+        tolerance=5e-2 if is_half else 1e-4,
     )
-    rewards = evaluate_rewards(
-        model,
-        accelerator,
-        pairs.dataset,
-        layout=layout,
-        micro_batch_tokens=config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    with cast_weights(model, config.eval_dtype):
+        rewards = evaluate_rewards(
+            model,
+            accelerator,
+            pairs.dataset,
+            layout=layout,
+            micro_batch_tokens=config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     metrics = pairs_metrics(
         rewards,
         pairs,

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, pipeline
 
+from rm.adapters import load_trained, merge_trained
 from rm.files import GO_ON, fsync_folder
 from rm.model import RewardModel
-from rm.pretrained import load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +33,17 @@ def save_model(
     merge_adapter: bool = False,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> None:
     """Write model and tokenizer to `output_dir` for `AutoModelForSequenceClassification.from_pretrained`.
 
     Args:
         model: the unwrapped `RewardModel`; its own tensors are not read (they may be shards).
         state_dict: all its weights on the CPU (`rm.checkpoint.full_state_dict`).
-        merge_adapter: under LoRA, write the merged weights to `output_dir` and the adapter to `output_dir/adapter`;
+        merge_adapter: under PEFT, write the merged weights to `output_dir` and the adapter to `output_dir/adapter`;
             otherwise the adapter goes to `output_dir`.
-        dtype: of the weights in training (an adapter is merged into weights of that type).
+        dtype, quantization_config: of the weights in training. An adapter is merged into weights of that type; after a
+            quantised run into what its quantised weights stand for, and what is written is not quantised.
 
     Raises:
         ExportError: the disk is full, or the like.
@@ -56,9 +58,8 @@ def save_model(
         model.classifier.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
         if is_adapter and merge_adapter:
-            trained = load_trained(str(folder), tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
-            merged = trained.merge_and_unload()
-            merged.save_pretrained(output_dir)
+            options = dict(dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=quantization_config)
+            merge_trained(str(folder), tokenizer, **options).save_pretrained(output_dir)
             tokenizer.save_pretrained(output_dir)
         for written in {folder, output_dir}:
             fsync_folder(written)
@@ -76,6 +77,7 @@ def verify_export(
     tolerance: float,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> float:
     """Reload `output_dir` with plain transformers, score `sequences` again, and return the largest difference.
 
@@ -86,13 +88,14 @@ def verify_export(
         sequences: token ids, as they were evaluated.
         rewards: their rewards by the trained model, without autocast: transformers serves the model so.
         tolerance: relative to the largest reward (at least 1).
-        dtype: of the weights in training, for an adapter; a whole model is loaded as it was saved.
+        dtype, quantization_config: of the weights in training, for an adapter; a whole model is loaded as it was saved.
 
     Raises:
         ExportError: a reward differs by more than that.
     """
     tokenizer = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=trust_remote_code)
-    model = load_trained(str(output_dir), tokenizer, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    options = dict(dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=quantization_config)
+    model = load_trained(str(output_dir), tokenizer, **options).eval()
     expected = np.asarray(rewards, dtype=np.float64)
     bound = tolerance * max(1.0, float(np.abs(expected).max()))
 
@@ -110,8 +113,8 @@ def verify_export(
         texts = [text.removeprefix(tokenizer.bos_token) for text in texts]  # the pipeline's tokenizer adds it again
     same = [i for i, text in enumerate(texts) if tokenizer(text)["input_ids"] == ids[i]]
     if same:
-        options = dict(tokenizer=tokenizer, function_to_apply="none", device="cpu")
-        classify = pipeline("text-classification", model=model, **options)
+        serving = dict(tokenizer=tokenizer, function_to_apply="none", device="cpu")
+        classify = pipeline("text-classification", model=model, **serving)
         served = np.asarray([out["score"] for out in classify([texts[i] for i in same], batch_size=len(same))])
         worst_served = float(np.abs(served - expected[same]).max())
         if not worst_served <= bound:

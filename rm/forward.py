@@ -35,7 +35,24 @@ def score_batch(model: nn.Module, batch: Batch) -> Tensor:
         end_row=batch.end_row_N,
         end_index=batch.end_index_N,
         tree_lengths=batch.tree_lengths if core.config._attn_implementation == SDPA_BY_TREE else None,
+        **({} if core.neftune_noise_alpha is None else {"length_RL": sequence_lengths(batch)}),
     )
+
+
+def sequence_lengths(batch: Batch) -> Tensor:
+    """Tokens in the sequence that each token is part of, int64 [R, L]; of those that several share, in the longest."""
+    if not batch.is_packed:
+        return batch.attention_mask_RL.sum(1, keepdim=True).expand_as(batch.attention_mask_RL)
+    row_R1 = torch.arange(len(batch.tree_RL), device=batch.tree_RL.device)[:, None]
+    tree_RL = row_R1 * (batch.tree_RL.shape[1] + 1) + batch.tree_RL + 1  # -1 is padding
+    branch_RL = tree_RL * (batch.branch_RL.max() + 1) + batch.branch_RL
+
+    def longest(group_RL: Tensor) -> Tensor:
+        lengths = torch.zeros(int(group_RL.max()) + 1, dtype=torch.int64, device=group_RL.device)
+        lengths.scatter_reduce_(0, group_RL.flatten(), batch.position_RL.flatten() + 1, "amax")
+        return lengths[group_RL]
+
+    return torch.where(batch.branch_RL == 0, longest(tree_RL), longest(branch_RL))
 
 
 def concatenated_forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

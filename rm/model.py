@@ -5,14 +5,22 @@ Shape suffixes: R rows, L tokens, N sequences, D hidden.
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 
 from rm.attention import SDPA_BY_TREE
+
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
 
 class ModelError(ValueError):
@@ -27,9 +35,16 @@ class RewardModel(nn.Module):
     mistake the position; it is used by the exported model only, and checked there. Encoders keep their own pooling.
     """
 
-    def __init__(self, classifier: nn.Module):
+    def __init__(
+        self, classifier: nn.Module, *, activation_offloading: bool = False, neftune_noise_alpha: float | None = None
+    ):
+        """`activation_offloading`, `neftune_noise_alpha`: in training only (`offloaded`, `_add_noise`)."""
         super().__init__()
         self.classifier = classifier
+        self.activation_offloading, self.neftune_noise_alpha = activation_offloading, neftune_noise_alpha
+        if neftune_noise_alpha is not None:
+            self._length_RL: Tensor | None = None  # set for the time of a forward pass
+            self.bare.get_input_embeddings().register_forward_hook(self._add_noise)
         self.config: PreTrainedConfig = self.bare.config
         self._no_split_modules = self.bare._no_split_modules  # what FSDP wraps: the layers of the model inside
         if self.is_causal:
@@ -57,6 +72,7 @@ class RewardModel(nn.Module):
         end_index: Tensor,
         position_ids: Tensor | None = None,
         tree_lengths: list[int] | None = None,
+        length_RL: Tensor | None = None,
     ) -> Tensor:
         """Rewards, float32 [N].
 
@@ -65,7 +81,13 @@ class RewardModel(nn.Module):
             attention_mask: 0/1 [R, L], or bool/additive [R, 1, L, L], or a dict of these by layer type.
             end_row, end_index: where the last token of each sequence stands, int64 [N].
             tree_lengths: tokens of each tree of the only row, for `rm.attention.attend_by_tree`.
+            length_RL: tokens of the sequence that each token is part of, for NEFTune's noise.
         """
+        self._length_RL = length_RL if self.training else None
+        with offloaded(self) if self.activation_offloading and self.training else nullcontext():
+            return self._score(input_ids, attention_mask, end_row, end_index, position_ids, tree_lengths)
+
+    def _score(self, input_ids, attention_mask, end_row, end_index, position_ids, tree_lengths) -> Tensor:
         if not self.is_causal:  # concatenated rows only: row n is sequence n's
             logits = self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits
             return logits[end_row, 0].float()
@@ -79,6 +101,37 @@ class RewardModel(nn.Module):
         hidden_ND = hidden_RLD[end_row, end_index].to(head_dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             return self.bare.score(hidden_ND).float()[:, 0].clone()  # FSDP2 can lose the hook of a view
+
+    def _add_noise(self, module: nn.Module, inputs: tuple, embedded_RLD: Tensor) -> Tensor | None:
+        """NEFTune (arXiv 2310.05914): uniform noise of at most alpha / sqrt(L D) on the embeddings of a sequence of L.
+
+        transformers takes the length of the row for L; here a row holds padding, or many sequences.
+        """
+        if self._length_RL is None:
+            return None
+        bound_RL = self.neftune_noise_alpha / (self._length_RL.clamp(min=1) * embedded_RLD.shape[-1]) ** 0.5
+        return embedded_RLD + bound_RL[..., None].to(embedded_RLD.dtype) * torch.empty_like(embedded_RLD).uniform_(
+            -1, 1
+        )
+
+
+def offloaded(model: nn.Module) -> saved_tensors_hooks:
+    """Context in which what autograd keeps for the backward pass waits in the memory of the CPU; weights stay.
+
+    torch's `save_on_cpu` for everything else. TRL's `OffloadActivations` besides overlaps the copies with computation,
+    in a stream of its own, and leaves tensors under 1 KiB where they are.
+    """
+    to_cpu = save_on_cpu(pin_memory=torch.accelerator.is_available())
+    weights = {getattr(p, "_local_tensor", p).untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor):
+        is_weight = tensor.untyped_storage().data_ptr() in weights
+        return tensor if is_weight else to_cpu.pack_hook(tensor)
+
+    def unpack(packed) -> Tensor:
+        return packed if isinstance(packed, Tensor) else to_cpu.unpack_hook(packed)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def use_cpu_kernel(model: PreTrainedModel) -> None:
@@ -101,6 +154,29 @@ def compile_layers(model: RewardModel) -> int:
     for layer in layers:
         layer.compile(dynamic=True)
     return len(layers)
+
+
+def use_liger_kernels(model: RewardModel, kernel_config: dict[str, bool] | None) -> Callable[[], None]:
+    """Patch the backbone with Liger's Triton kernels, as transformers' Trainer does (`kernel_config`: which ones).
+
+    Liger's losses and the forward pass that it gives a language model stay off: ours is a classifier. Besides this
+    model it patches functions and classes of the model's module in transformers; what is returned puts these back, so
+    that plain transformers can check what is saved. Raises `ModelError`.
+    """
+    bare = model.bare
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+    except ImportError:
+        raise ModelError("use_liger_kernel=True needs the package liger-kernel: pip install liger-kernel") from None
+    if bare.config.model_type not in known:
+        raise ModelError(f"use_liger_kernel=True: Liger has no kernels for models of type {bare.config.model_type}")
+    accepted = set(inspect.signature(known[bare.config.model_type]).parameters) - {"model", *LIGER_LOSSES}
+    if wrong := sorted(set(kernel_config or {}) - accepted):
+        raise ModelError(f"liger_kernel_config: '{wrong[0]}' cannot act here; there are {', '.join(sorted(accepted))}")
+    module = sys.modules[type(bare).__module__]
+    before = dict(vars(module))
+    apply_liger_kernel(bare, dict.fromkeys(LIGER_LOSSES, False) | (kernel_config or {}))
+    return lambda: vars(module).update(before)
 
 
 def check_positions(model: RewardModel, longest: int) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizer and model from a folder or the hub: pad token, head, LoRA; and what is wrong with them, in one line."""
+"""Tokenizer and model from a folder or the hub: pad token, head; and what is wrong with them, in one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,12 +15,14 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import find_adapter_config_file
 
 from rm.model import ModelError, find_head, use_cpu_kernel
+from rm.quantization import keep_weights
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +41,17 @@ def load_tokenizer(
 
     With pad == EOS, transformers' pooling takes the last token before EOS, so that the served model scores a sequence
     one token early. A special token of the vocabulary that is not used otherwise is chosen; if there is none, one is
-    added.
+    added. For an adapter's folder without one it is that of the base.
     """
-    _check_folder(name)
+    adapter = find_adapter(name, revision)
+    if adapter is not None and Path(name).is_dir() and not _has_tokenizer(name):
+        name, revision = adapter.get("base_model_name_or_path") or name, adapter.get("revision") or "main"
+        check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file makes the libraries raise almost anything
-        reason = _why(name, error)
-        if Path(name).is_dir() and not any(list(Path(name).glob(p)) for p in ("*token*", "vocab*", "*.model")):
+        reason = why(name, error)
+        if Path(name).is_dir() and not _has_tokenizer(name):
             reason = "the folder has no tokenizer files; copy those of the base model into it"
         raise ModelError(f"no tokenizer could be loaded from '{name}': {reason}") from None
     tokenizer.padding_side = "right"
@@ -63,6 +69,10 @@ def load_tokenizer(
     return tokenizer
 
 
+def _has_tokenizer(folder: str) -> bool:
+    return any(list(Path(folder).glob(pattern)) for pattern in ("*token*", "vocab*", "*.model"))
+
+
 def _read_chat_template(path: str) -> str:
     if Path(path).is_file():
         try:
@@ -73,7 +83,7 @@ def _read_chat_template(path: str) -> str:
         template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
         reason = ""
     except Exception as error:
-        template, reason = None, f" ({_why(path, error)})" if Path(path).is_dir() else ""
+        template, reason = None, f" ({why(path, error)})" if Path(path).is_dir() else ""
     if template is None:
         problem = f"is neither a Jinja file nor a tokenizer with a chat template{reason}"
         raise ModelError(f"chat_template_path='{path}' {problem}")
@@ -94,19 +104,22 @@ def load_classifier(
     trust_remote_code: bool = False,
     disable_dropout: bool = True,
     gradient_checkpointing: bool = False,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier with one float32 output from a causal LM, a reward model, an encoder, or a bare config.
 
     An existing reward model keeps its head. A new head is drawn from N(0, 1/(d+1)) (Stiennon et al. 2020), from `seed`.
+    `gradient_checkpointing_kwargs` are torch.utils.checkpoint's; use_reentrant is False unless they say otherwise.
     """
     options = dict(revision=revision, trust_remote_code=trust_remote_code)
-    _check_folder(name)
+    check_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, **options)
     except Exception as error:
-        raise ModelError(f"no model could be loaded from '{name}': {_why(name, error)}") from None
+        raise ModelError(f"no model could be loaded from '{name}': {why(name, error)}") from None
     is_classifier = any("SequenceClassification" in a for a in config.architectures or [])
-    if is_classifier and config.num_labels != 1 and not _has_no_weights(name):
+    if is_classifier and config.num_labels != 1 and not has_no_weights(name):
         raise ModelError(f"'{name}' is a classifier with {config.num_labels} labels; a reward model has 1")
     config.num_labels = 1
 
@@ -114,8 +127,10 @@ def load_classifier(
     options |= dict(config=config, dtype=dtype)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     try:
-        if _has_no_weights(name):
+        if has_no_weights(name):
             logger.info(f"'{name}' holds no weights: initialised from its config")
             options.pop("revision")
             options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
@@ -130,8 +145,9 @@ def load_classifier(
                 raise ModelError(f"'{name}' lacks {len(missing)} weights, among them {missing[0]}")
             drawn = {"pooler" if "pooler" in key else key.split(".")[0] for key in info["missing_keys"]}
     except Exception as error:
-        raise ModelError(f"'{name}' could not be loaded as a reward model: {_why(name, error)}") from None
+        raise ModelError(f"'{name}' could not be loaded as a reward model: {why(name, error)}") from None
 
+    keep_weights(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
@@ -152,40 +168,23 @@ def load_classifier(
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it")
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False} | (gradient_checkpointing_kwargs or {}))
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            model.enable_input_require_grads()  # or a layer of frozen weights gets no gradient
     return model
 
 
-def load_trained(
-    name: str, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "auto", trust_remote_code: bool = False
-) -> nn.Module:
-    """What a run saved, as plain transformers or PEFT load it: a sequence classifier, or a PEFT model of an adapter.
-
-    An adapter holds neither the pad token, by which transformers finds a sequence's last token, nor the type of the
-    weights under it: the first is set from `tokenizer`, the second is `dtype`, that of the training. Raises
-    `ModelError` if the model has no trained reward head.
-    """
-    options = dict(dtype=dtype, trust_remote_code=trust_remote_code)
-    _check_folder(name)
+def find_adapter(name: str, revision: str = "main") -> dict[str, Any] | None:
+    """The adapter_config.json of `name`, a folder or a hub name; None if it is no adapter."""
+    check_folder(name)
     try:
-        if (adapter := find_adapter_config_file(name)) is not None:
-            base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
-            _check_folder(base or name)
-            from peft import AutoPeftModelForSequenceClassification
-
-            model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, **options)
-            model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-            return model
-        options["output_loading_info"] = True
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
-    except Exception as error:
-        raise ModelError(f"'{name}' could not be loaded as a reward model: {_why(name, error)}") from None
-    if info["missing_keys"] or model.config.num_labels != 1:
-        raise ModelError(f"'{name}' is not a trained reward model: it has no head with one output")
-    return model
+        file = find_adapter_config_file(name, revision=revision)
+        return json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no model could be loaded from '{name}': {why(name, error)}") from None
 
 
-def _has_no_weights(name: str) -> bool:
+def has_no_weights(name: str) -> bool:
     folder = Path(name)
     patterns = ("*.safetensors", "*.bin", "*.index.json")
     return (folder / "config.json").is_file() and not any(list(folder.glob(p)) for p in patterns)
@@ -201,14 +200,14 @@ def _disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
     """Raise `ModelError` for what can only be a folder and is none: the hub's message would be about names of repos."""
     is_local = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1 or Path(name).is_file()
     if is_local and not Path(name).is_dir():
         raise ModelError(f"'{name}': there is no such folder; give a model's folder or its name on the hub")
 
 
-def _why(name: str, error: Exception) -> str:
+def why(name: str, error: Exception) -> str:
     """What is wrong with the model `name`, in one line, from what a library raised while it was loaded."""
     for file in ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json"):
         try:
@@ -227,43 +226,12 @@ def _why(name: str, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return "its weights are a pickle that is more than tensors, and was not run; weights must be safetensors"
     if isinstance(error, SafetensorError):
-        return f"its safetensors file is broken, download it again ({_in_one_line(error)})"
-    return _in_one_line(error)
+        return f"its safetensors file is broken, download it again ({in_one_line(error)})"
+    return in_one_line(error)
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) or not text:
         text = f"{type(error).__name__}: {text}"
     return text if len(text) <= MAX_REASON else text[:MAX_REASON] + " ..."
-
-
-def add_lora(
-    model: PreTrainedModel,
-    *,
-    r: int,
-    alpha: int,
-    dropout: float,
-    target_modules: str | list[str] | None,
-    revision: str = "main",
-) -> nn.Module:
-    """Wrap `model` in a LoRA adapter whose head is trained in full (`task_type=SEQ_CLS` does that)."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    if _has_no_weights(model.config._name_or_path):
-        raise ModelError(f"use_peft needs a model with weights to adapt; '{model.config._name_or_path}' has none")
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        modules_to_save=model.drawn_modules or None,
-    )
-    try:
-        adapted = get_peft_model(model, lora, revision=None if revision == "main" else revision)
-    except ValueError as error:
-        raise ModelError(f"lora_target_modules={target_modules!r}: {_in_one_line(error)}") from None
-    if not find_head(adapted.get_base_model()).weight.requires_grad:
-        raise ModelError("the reward head is not trainable under this adapter")
-    return adapted

@@ -13,13 +13,14 @@ from transformers import (
     pipeline,
 )
 
+from rm.adapters import add_adapter, load_trained, lora_config
 from rm.batching import MicroBatch
 from rm.checkpoint import full_state_dict
 from rm.collate import collate
 from rm.export import ExportError, save_model, verify_export
 from rm.forward import concatenated_forward
 from rm.model import RewardModel
-from rm.pretrained import add_lora, load_classifier, load_tokenizer, load_trained
+from rm.pretrained import load_classifier, load_tokenizer
 
 
 def with_eos(pairs):
@@ -33,7 +34,8 @@ def trained_like(folder, tokenizer, lora=False):
     """A reward model from `folder` whose adapter and head have moved, as after training."""
     classifier = load_classifier(folder, tokenizer, seed=1)
     if lora:
-        classifier = add_lora(classifier, r=4, alpha=8, dropout=0.0, target_modules="all-linear")
+        lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+        classifier = add_adapter(classifier, lora_config(lora))
     model = RewardModel(classifier).eval()
     torch.manual_seed(2)
     for parameter in model.parameters():

@@ -5,8 +5,9 @@ import torch
 from conftest import COMMON, EOS, ROOT, tiny_classifier
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from rm.adapters import add_adapter, lora_config
 from rm.model import ModelError, RewardModel, check_positions, find_head
-from rm.pretrained import PAD_TOKEN, add_lora, load_classifier, load_tokenizer
+from rm.pretrained import PAD_TOKEN, load_classifier, load_tokenizer
 
 TINY_LLAMA = str(ROOT / "configs" / "tiny_llama")
 
@@ -101,12 +102,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model_folder):
 def test_lora_trains_adapter_and_head_only(tiny_model_folder):
     folder = tiny_model_folder("llama")
     tokenizer = load_tokenizer(folder)
-    adapted = add_lora(load_classifier(folder, tokenizer, seed=0), r=4, alpha=8, dropout=0.0, target_modules=["q_proj"])
+    lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["q_proj"]}
+    adapted = add_adapter(load_classifier(folder, tokenizer, seed=0), lora_config(lora))
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name or "score" in name for name in trained)
     assert any("score" in name for name in trained)
     with pytest.raises(ModelError, match="lora_target_modules="):
-        add_lora(load_classifier(folder, tokenizer, seed=0), r=4, alpha=8, dropout=0.0, target_modules=["nope"])
+        nope = lora_config(lora | {"lora_target_modules": ["nope"]})
+        add_adapter(load_classifier(folder, tokenizer, seed=0), nope, origin="lora_target_modules")
 
 
 def test_models_that_cannot_be_used(tiny_model_folder, tmp_path):
@@ -122,7 +125,7 @@ def test_models_that_cannot_be_used(tiny_model_folder, tmp_path):
         load_tokenizer(str(tmp_path / "two"))
     with pytest.raises(ModelError, match="needs a model with weights to adapt"):
         weightless = load_classifier(TINY_LLAMA, load_tokenizer(TINY_LLAMA), seed=0)
-        add_lora(weightless, r=4, alpha=8, dropout=0.0, target_modules="all-linear")
+        add_adapter(weightless, lora_config({"lora_target_modules": "all-linear"}))
     with pytest.raises(ModelError, match="neither a Jinja file nor a tokenizer"):
         load_tokenizer(folder, chat_template_path=str(tmp_path / "none.jinja"))
 

@@ -47,8 +47,8 @@ def run_trl(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
 def load_ours(args: argparse.Namespace):
     from transformers import AutoTokenizer
 
+    from rm.adapters import load_trained
     from rm.model import RewardModel, use_cpu_kernel
-    from rm.pretrained import load_trained
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = RewardModel(load_trained(args.model, tokenizer))
