@@ -35,6 +35,7 @@ from rm.attention import block_size
 from rm.audit import audit_table, data_report
 from rm.batching import StepPlan
 from rm.best import BestEvaluation
+from rm.card import hub_name, model_card
 from rm.checkpoint import (
     CheckpointError,
     damage,
@@ -51,6 +52,7 @@ from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
 from rm.export import ExportError, save_model, verify_export
 from rm.files import GO_ON, DiskError, write_text
 from rm.forward import LayoutError, concatenated_forward, resolve_layout, without_autocast
+from rm.hub import Hub, HubError, open_repo
 from rm.launch import StopSignal, is_orphan, on_main_process, processes_asked_for
 from rm.load import DataError
 from rm.loss import pairwise_loss
@@ -72,6 +74,7 @@ logger = logging.getLogger("train_rm")
 
 PATIENCE = timedelta(hours=2)  # of a process for the main one, while that tokenizes or writes a checkpoint
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+WRONG_INPUT = (ConfigError, DataError, ModelError, RunDirError, LayoutError, HubError)
 SCALER_STEPS = 20  # steps in a row that fp16's loss scaler may skip while it looks for its scale
 
 
@@ -175,9 +178,16 @@ def main(argv: list[str]) -> dict:
     record = json.loads(json.dumps(record, default=str))  # as it will be read back
     find = partial(find_start, config.resume_from_checkpoint, output_dir, record, changed_options)
     resume_from, finished = on_main_process(accelerator, find)
+    hub = None
+    if config.push_to_hub:
+        access = {"token": config.hub_token, "revision": config.hub_revision}
+        open_it = partial(open_repo, config.hub_model_id or run_name, private=config.hub_private_repo, **access)
+        repo_id = on_main_process(accelerator, open_it)
+        hub = Hub(repo_id, **access, strategy=config.hub_strategy) if accelerator.is_main_process else None
     if finished is not None:
-        logger.info(f"the run in {output_dir} is finished: nothing to do")
+        logger.info(f"the run in {output_dir} is finished: nothing to {'train' if hub else 'do'}")
         if accelerator.is_main_process:
+            finished = hub.push_run(output_dir, finished) if hub else finished
             print(json.dumps(finished), flush=True)
         accelerator.end_training()
         return finished
@@ -423,7 +433,9 @@ def main(argv: list[str]) -> dict:
             "config": record,
         }
         limits = {"save_total_limit": config.save_total_limit, "keep_step": best.step}
-        save_checkpoint(output_dir / "checkpoints", model, optimizer, state, accelerator, **limits)
+        folder = save_checkpoint(output_dir / "checkpoints", model, optimizer, state, accelerator, **limits)
+        if hub:
+            hub.push_checkpoint(folder)  # in the background
 
     def load_best() -> None:
         """Take the weights of the best evaluation. Collective."""
@@ -431,18 +443,18 @@ def main(argv: list[str]) -> dict:
         if problem := on_main_process(accelerator, partial(damage, folder)):
             if saved_step != step:
                 checkpoint(step, metrics_lines)  # so that nothing is lost
-            fix = (
-                f"resume with load_best_model_at_end=false metric_for_best_model={best.metric} to save the last weights"
-            )
-            raise CheckpointError(f"the best evaluation's checkpoint, {folder}, is damaged ({problem}); {fix}")
+            again = f"load_best_model_at_end=false metric_for_best_model={best.metric}"
+            problem = f"the best evaluation's checkpoint, {folder}, is damaged ({problem})"
+            raise CheckpointError(f"{problem}; resume with {again} to save the last weights")
         load_checkpoint(folder, model, None, accelerator)
-        logger.info(
-            f"best evaluation: step {best.step}, {best.metric} {best.metrics[best.metric]:.4f}; its weights are saved"
-        )
+        value = f"{best.metric} {best.metrics[best.metric]:.4f}"
+        logger.info(f"the best evaluation came after step {best.step} ({value}): its weights are saved")
 
     def stop_here(step: int) -> None:
         """End the run after a checkpoint. Collective."""
         run_log.close()
+        if hub:
+            hub.close()
         accelerator.wait_for_everyone()  # or torchrun ends the main process when the first of the others has gone
         again = f"--resume_from_checkpoint=latest --output_dir={output_dir}"
         raise Stopped(f"stopped after step {step}; go on with {again}")
@@ -613,12 +625,24 @@ def main(argv: list[str]) -> dict:
             "data": report,
             **provenance(),
         }
+        datasets = filter(hub_name, (config.dataset_name, config.eval_dataset_name))
+        card = model_card(
+            results,
+            name=run_name,
+            base_model=hub_name(config.model_name_or_path),
+            datasets=list(dict.fromkeys(datasets)),
+            license=config.license,
+            repo_id=hub and hub.repo_id,
+        )
+        write_text(output_dir / "README.md", card)
         write_text(output_dir / "results.json", json.dumps(results, indent=2))
         run_log.summary(summary)
     run_log.close()
-    if accelerator.is_main_process:
-        print(json.dumps(summary), flush=True)
+    is_main_process = accelerator.is_main_process
     accelerator.end_training()
+    if is_main_process:
+        summary = hub.push_run(output_dir, summary) if hub else summary
+        print(json.dumps(summary), flush=True)
     return summary
 
 
@@ -646,9 +670,9 @@ def run() -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)  # a shell sees 143; sweep agents take an exit code above 0 for a failure
         return 143
-    except (ConfigError, DataError, ModelError, RunDirError, LayoutError, NonFiniteError, ExportError) as error:
+    except (*WRONG_INPUT, NonFiniteError, ExportError) as error:
         print_last(f"error: {error}")
-        return 3 if isinstance(error, NonFiniteError) else 1 if isinstance(error, ExportError) else 2
+        return 2 if isinstance(error, WRONG_INPUT) else 3 if isinstance(error, NonFiniteError) else 1
     except KeyboardInterrupt:
         print_last("interrupted; nothing had to be saved")
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rm.config import TINY_LLAMA, ConfigError, RewardConfig
 from rm.from_trl import answer
-from rm.redact import HIDDEN
+from rm.redact import HIDDEN, redact
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -54,7 +54,7 @@ def _coerce(key: str, value: Any, where: str) -> Any:
             raise TypeError
     except (ValidationError, TypeError):
         wanted = ", ".join(map(str, choices)) if choices else str(getattr(hint, "__name__", hint))
-        raise ConfigError(f"{where}: {key}={value!r} does not fit; expected {wanted}") from None
+        raise ConfigError(f"{where}: {key}={redact(value, key)!r} does not fit; expected {wanted}") from None
     return value
 
 

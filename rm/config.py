@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from rm.redact import redact
 
@@ -37,7 +40,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
     "use_liger_kernel liger_kernel_config merge_adapter dataset_num_proc max_nonfinite_steps "
     "micro_batch_tokens eval_micro_batch_tokens auto_find_batch_size torch_compile layout output_dir "
     "overwrite_output_dir resume_from_checkpoint run_name logging_steps eval_steps save_steps save_total_limit "
-    "num_print_samples report_to project load_best_model_at_end".split()
+    "num_print_samples report_to project load_best_model_at_end license push_to_hub hub_model_id hub_private_repo "
+    "hub_strategy hub_token hub_revision".split()
 )
 # ... and these name things that are compared by their content (a file may lie elsewhere on another machine)
 COMPARED_BY_CONTENT = frozenset("model_name_or_path dataset_name eval_dataset_name chat_template_path".split())
@@ -161,6 +165,14 @@ class RewardConfig:
     num_print_samples: int = option(4, "held-out pairs shown with their rewards at every evaluation; -1: all; 0: off")
     report_to: list[str] = option([], "trackers: wandb, tensorboard, any other of Accelerate's, all, or none")
     project: str = option("reward-model", "project name at the tracker")
+
+    license: str | None = option(None, "licence for the model card, as the hub calls it, such as apache-2.0; none: the card says that none was given", "Hub")
+    push_to_hub: bool = option(False, "upload the final model, tokenizer, card, config and results to the hub; what cannot be reached is an error at the start")
+    hub_model_id: str | None = option(None, "repository, user/name or name; none: the name of the run")
+    hub_private_repo: bool | None = option(None, "whether a new repository is private; none: the account's default")
+    hub_strategy: Literal["end", "checkpoint", "all_checkpoints", "every_save"] = option("end", "besides the final model, upload in the background: nothing, the newest checkpoint, or each of them (every_save is TRL's: not here)")
+    hub_token: str | None = option(None, "token for the hub; never written down; none: HF_TOKEN, or that of `hf auth login`")
+    hub_revision: str | None = option(None, "branch to upload to, made if need be; none: main")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -169,7 +181,7 @@ class RewardConfig:
 
         def need(ok: bool, key: str, fix: str) -> None:
             if not ok:
-                raise ConfigError(f"{key}={getattr(c, key)!r}: {fix}")
+                raise ConfigError(f"{key}={redact(getattr(c, key), key)!r}: {fix}")
 
         if c.metric_for_best_model is None and (c.load_best_model_at_end or c.early_stopping_patience is not None):
             c.metric_for_best_model = "eval/loss"
@@ -248,6 +260,23 @@ class RewardConfig:
             safe = name is None or Path(name).name == name and name not in ("", ".", "..")
             need(safe, key, "must be a plain name, not a path (use output_dir for a folder)")
 
+        if not c.push_to_hub:
+            for key in "hub_model_id hub_private_repo hub_strategy hub_token hub_revision".split():
+                need(getattr(c, key) == defaults[key], key, "does nothing while push_to_hub is false")
+        instead = "would save the whole model anew each time; use checkpoint, all_checkpoints, or end"
+        need(c.hub_strategy != "every_save", "hub_strategy", instead)
+        need(
+            c.hub_strategy == "end" or saves, "hub_strategy", "there are no checkpoints while save_steps is 0; use end"
+        )
+        try:
+            validate_repo_id(c.hub_model_id)
+        except HFValidationError as error:
+            need(False, "hub_model_id", str(error))
+        for key in ("hub_token", "hub_revision"):
+            need(getattr(c, key) != "", key, "is empty; give one, or none")
+        named = c.license is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", c.license)
+        need(bool(named), "license", "must be one of the hub's names, such as apache-2.0, mit or other; or none")
+
     def changed(self, names: Sequence[str]) -> list[str]:
         """Those of the options `names` that are not at their default."""
         return [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
@@ -260,8 +289,12 @@ class RewardConfig:
         return self.train_batch_size or 64
 
     def to_yaml(self) -> str:
-        """The configuration as YAML that reads back, without secrets (`parse_config` refuses what was hidden)."""
-        return yaml.safe_dump(redact(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
+        """The configuration as YAML that reads back, without secrets (`parse_config` refuses what was hidden).
+
+        The hub's token is left out: where the file is used again, HF_TOKEN or `hf auth login` gives one.
+        """
+        options = redact(dataclasses.asdict(self) | {"hub_token": None})
+        return yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
 
     def resolved(self, num_processes: int, mixed_precision: str) -> dict[str, Any]:
         """All options as a dict, with what the launcher decides filled in: for the record, and to compare runs by."""

@@ -95,7 +95,8 @@ class RunLog:
                 started = thread.call("start", self._start_wandb, project, run_name, group, config)
             else:  # TensorBoard takes numbers and strings only
                 plain = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in config.items()}
-                started = thread.call("start", self._start, name, project, plain, {})
+                options = tracker_options(name, run_name, self.output_dir, resumed=resume_lines is not None)
+                started = thread.call("start", self._start, name, project, plain, options)
             try:
                 started.result(timeout=init_timeout + START_GRACE)
                 self._threads[name] = thread
@@ -218,6 +219,34 @@ class RunLog:
         if run.offline:
             folder = Path(run.dir).parent
             logger.warning(f"wandb: offline ({reason or 'as you chose'}); to upload it later: wandb sync {folder}")
+
+
+def tracker_options(name: str, run_name: str, output_dir: Path, resumed: bool = False) -> dict[str, Any]:
+    """What Accelerate is to start tracker `name` with, besides the project: the run's name, and its files' place.
+
+    By themselves most would call the run something else, and MLflow, DVCLive, SwanLab and Comet would write to the
+    current folder. The user's environment variables for the same things stand.
+    """
+    folder = str(output_dir / name)
+    if name == "mlflow":
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{output_dir / 'mlflow.db'}")
+        is_ours = os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{output_dir / 'mlflow.db'}"
+        return {"run_name": run_name, "logging_dir": folder if is_ours else None}
+    if name == "trackio":  # its own folder is the one that its dashboard shows: TRACKIO_DIR
+        return {"name": run_name, "resume": "allow" if resumed else "never"}
+    if name == "dvclive":  # it would commit to the user's git repository
+        return {"dir": folder, "resume": resumed, "dvcyaml": None, "save_dvc_exp": False}
+    if name == "swanlab":
+        return {"name": run_name, "log_dir": os.environ.get("SWANLAB_LOG_DIR", folder)}
+    if name == "clearml":
+        # it would take up what TensorBoard is given a second time
+        return {"task_name": os.environ.get("CLEARML_TASK", run_name), "auto_connect_frameworks": False}
+    if name == "comet_ml":
+        import comet_ml
+
+        place = os.environ.get("COMET_OFFLINE_DIRECTORY", folder)
+        return {"experiment_config": comet_ml.ExperimentConfig(name=run_name, offline_directory=place)}
+    return {}
 
 
 class TrackerThread:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +18,14 @@ import pytest
 import wandb_files
 import yaml
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
-from runs import wait_until
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.utils import LoggerType
+from runs import SMALL, wait_until
 from wandb_stub import Stub
 
 from rm import tracking
 from rm.command_line import parse_config
-from rm.tracking import RunLog, open_metrics, prepare_trackers, redact
+from rm.tracking import RunLog, open_metrics, prepare_trackers, redact, tracker_options
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -508,3 +510,104 @@ def test_sweep_agent(tmp_path):
     tables = [(line["train/step"], line["eval/samples"]["nrows"]) for line in history if "eval/samples" in line]
     assert tables == [(2, 4), (4, 4)]
     stub.close()
+
+
+# ------------------------------------------------------------------------------ other trackers
+
+
+def test_every_tracker_of_accelerate_is_known_by_name(monkeypatch):
+    """Installed or not: each of Accelerate's names is one of ours, and can be given with the others at once."""
+    names = [str(name) for name in LoggerType if name != LoggerType.ALL]
+    assert set(names) == set(LOGGER_TYPE_TO_CLASS)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: names)
+    assert prepare_trackers(names) == names
+
+
+def test_what_other_trackers_are_started_with(tmp_path, monkeypatch):
+    """Each takes the options it gets, has the run's name, and writes inside of the output folder."""
+    fake = SimpleNamespace(ExperimentConfig=dict)
+    monkeypatch.setitem(sys.modules, "comet_ml", fake)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    for name in ("mlflow", "trackio", "swanlab", "clearml", "comet_ml"):
+        options = tracker_options(name, "my run", tmp_path)
+        assert "my run" in json.dumps(options)
+        signature(LOGGER_TYPE_TO_CLASS[name].__init__).bind(None, "project", **options)
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracker_options("mlflow", "n", tmp_path)["logging_dir"] == str(tmp_path / "mlflow")
+    assert tracker_options("comet_ml", "n", tmp_path)["experiment_config"]["offline_directory"].startswith(
+        str(tmp_path)
+    )
+    for name, key in (("dvclive", "dir"), ("swanlab", "log_dir")):
+        assert tracker_options(name, "n", tmp_path)[key] == str(tmp_path / name)
+    assert tracker_options("dvclive", "n", tmp_path, resumed=True)["resume"] is True
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")  # the user's stands, and so does its place for files
+    assert tracker_options("mlflow", "n", tmp_path) == {"run_name": "n", "logging_dir": None}
+
+
+FAKE_TRACKIO = """
+import json, pathlib
+class Run:
+    def __init__(self, **options):
+        self.file = open("trackio.jsonl", "a")
+        self.write("init", options)
+    def write(self, what, value):
+        self.file.write(json.dumps([what, value]) + "\\n")
+        self.file.flush()
+    def log(self, values, step=None):
+        self.write("log", {"step": step, **values})
+    def finish(self):
+        self.write("finish", None)
+class Config:
+    def update(self, values, allow_val_change):
+        assert all(isinstance(value, (int, float, str)) for value in values.values()), values
+        run.write("config", values)
+config = Config()
+def init(**options):
+    global run
+    run = Run(**options)
+    return run
+"""
+
+
+def test_a_whole_run_with_three_trackers(zygote, tmp_path):
+    """With a stand-in for one of the packages: everything in metrics.jsonl reaches it, once and in order."""
+    (tmp_path / "trackio.py").write_text(FAKE_TRACKIO)
+    fault = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    fault += "import accelerate.tracking as t; t._available_trackers.append(t.LoggerType.TRACKIO)"
+    options = [
+        "dataset_name=toy",
+        *SMALL,
+        "--eval_steps=2",
+        "--output_dir=out",
+        "--report_to=trackio,tensorboard,wandb",
+    ]
+    options += ['--chat_template_kwargs={"a": [1, null]}']
+    run = zygote.run(1, options, tmp_path, fault=fault)
+    got = [json.loads(line) for line in (tmp_path / "trackio.jsonl").read_text().splitlines()]
+    assert got[0] == ["init", {"project": "reward-model", "name": "out", "resume": "never"}]
+    assert got[1][0] == "config" and got[1][1]["chat_template_kwargs"] == '{"a": [1, null]}'
+    assert got[-1] == ["finish", None]
+    assert [values for what, values in got if what == "log"] == [
+        {name: value for name, value in line.items() if name != "time"} for line in lines(tmp_path / "out")
+    ]
+    assert "failed" not in run.stderr
+    assert list((tmp_path / "out").rglob("*tfevents*")) and list((tmp_path / "out").rglob("*.wandb"))
+
+
+def test_mlflow(tmp_path, monkeypatch):
+    """Where it is installed: what is in metrics.jsonl is in its database, in the output folder."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    log = run_log(tmp_path / "out", "mlflow", config={"lst": [1, None], "none": None, "name": "x"})
+    for step in (1, 2):
+        log.log({"train/loss": 0.5 / step, "eval/a b/accuracy": 1.0}, step)
+    log.close()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/out/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("p").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("n", "FINISHED")
+    assert run.data.params == {"lst": "[1, null]", "none": "null", "name": "x"}
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 0.25)]
+    assert not list(tmp_path.glob("ml*"))
