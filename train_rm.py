@@ -7,6 +7,7 @@ python train_rm.py --help                                           # every opti
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import logging
@@ -35,7 +36,7 @@ from rm.attention import block_size
 from rm.audit import audit_table, data_report
 from rm.batching import StepPlan
 from rm.best import BestEvaluation
-from rm.card import hub_name, model_card
+from rm.card import hub_name, model_card, names_in
 from rm.checkpoint import (
     CheckpointError,
     damage,
@@ -47,7 +48,6 @@ from rm.checkpoint import (
 from rm.collate import COLUMNS, collate
 from rm.command_line import parse_config
 from rm.config import LORA_OPTIONS, ConfigError, RewardConfig, changed_options
-from rm.data import load_pairs
 from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
 from rm.export import ExportError, save_model, verify_export
 from rm.files import GO_ON, DiskError, write_text
@@ -58,6 +58,7 @@ from rm.load import DataError
 from rm.loss import pairwise_loss
 from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb, settle_buckets
 from rm.metrics import Meter
+from rm.mixture import load_pairs, name_sets
 from rm.model import ModelError, RewardModel, check_positions, compile_layers, use_liger_kernels
 from rm.optim import FOLLOW_A_METRIC, make_optimizer, make_scheduler, parameter_groups
 from rm.precision import cast_weights, set_tf32
@@ -166,11 +167,12 @@ def main(argv: list[str]) -> dict:
     refuse_what_cannot_act(config, accelerator)
     set_tf32(config.tf32)
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    set_names = name_sets("dataset_name", redact(config.dataset_name), config.dataset_config)
     open_dir = partial(
         open_output_dir,
         config.output_dir,
         config.run_name,
-        names=(redact(config.model_name_or_path), redact(config.dataset_name)),
+        names=(redact(config.model_name_or_path), "+".join(set_names)[:80]),
         may_hold_run=bool(config.overwrite_output_dir or config.resume_from_checkpoint),
     )
     output_dir, run_name = on_main_process(accelerator, open_dir)  # collective: clocks differ
@@ -205,24 +207,7 @@ def main(argv: list[str]) -> dict:
         chat_template_path=config.chat_template_path,
     )
     with accelerator.main_process_first():  # the other processes read the main process's cache
-        train_pairs, eval_pairs = load_pairs(
-            tokenizer,
-            dataset_name=config.dataset_name,
-            dataset_config=config.dataset_config,
-            dataset_train_split=config.dataset_train_split,
-            dataset_test_split=config.dataset_test_split,
-            eval_dataset_name=config.eval_dataset_name,
-            eval_fraction=config.eval_fraction,
-            max_train_samples=config.max_train_samples,
-            max_eval_samples=config.max_eval_samples,
-            seed=config.seed,
-            dataset_num_proc=config.dataset_num_proc,
-            max_length=config.max_length,
-            overlength=config.overlength,
-            add_eos=config.add_eos,
-            margin_from_scores=config.margin_from_scores,
-            chat_template_kwargs=config.chat_template_kwargs,
-        )
+        train_pairs, eval_pairs = load_pairs(tokenizer, **config.data_options())
     train_set = train_pairs.dataset.with_format("numpy", columns=COLUMNS)
     if accelerator.is_main_process:
         Console().print(audit_table(train_pairs, eval_pairs))
@@ -306,7 +291,9 @@ def main(argv: list[str]) -> dict:
     )
     known = to_metrics(np.zeros((len(margins), 2)))
     if config.metric_for_best_model not in (None, *known):
-        raise ConfigError(f"metric_for_best_model={config.metric_for_best_model}: there are {', '.join(known)}")
+        near = difflib.get_close_matches(config.metric_for_best_model, known, n=20, cutoff=0)
+        near = ", ".join(name for name in known if name in near)
+        raise ConfigError(f"metric_for_best_model={config.metric_for_best_model}: there are {near}")
 
     # ------------------------------------------------------------------------------ plan
     plan = StepPlan(
@@ -395,18 +382,19 @@ def main(argv: list[str]) -> dict:
         metrics = to_metrics(rewards)
         if accelerator.is_main_process:
             run_log.log(metrics, step)
-            shown = range(len(rewards))[: config.num_print_samples if config.num_print_samples >= 0 else None]
+            shown = eval_pairs.first_of_each(config.num_print_samples)
             with bar.external_write_mode():
                 visualize_samples(
                     [eval_pairs.texts(i) for i in shown],
                     rewards[shown, 0],
                     rewards[shown, 1],
-                    ids=[eval_pairs.dataset[i]["id"] for i in shown],
+                    ids=eval_pairs.ids(shown),
+                    sets=[eval_pairs.set_of(i) for i in shown] if eval_pairs.are_several else None,
                     step=step,
                     output_dir=output_dir,
                     run_log=run_log,
                     margins=margins[shown] if margins.any() else None,
-                    num_print_samples=config.num_print_samples,
+                    num_print_samples=len(shown),
                 )
         return metrics
 
@@ -465,9 +453,9 @@ def main(argv: list[str]) -> dict:
         limit = SCALER_STEPS if has_scaler else config.max_nonfinite_steps
         if has_scaler and skipped_in_a_row <= limit:
             return  # it looks for its scale
-        step_pairs = train_pairs.dataset.select(plan.indices(step))
-        bad = ~np.isfinite(score(step_pairs)).all(axis=1)
-        ids = [name for name, is_bad in zip(step_pairs["id"], bad | ~bad.any(), strict=True) if is_bad]
+        indices = plan.indices(step)
+        bad = ~np.isfinite(score(train_pairs.dataset.select(indices))).all(axis=1)
+        ids = train_pairs.ids(indices[bad | ~bad.any()])
         what = f"the rewards of {bad.sum()} pairs are" if bad.any() else f"the gradient (norm {grad_norm}) is"
         message = f"step {step + 1}: {what} not finite; its pairs: {', '.join(ids)}"
         if skipped_in_a_row > limit:
@@ -625,7 +613,7 @@ def main(argv: list[str]) -> dict:
             "data": report,
             **provenance(),
         }
-        datasets = filter(hub_name, (config.dataset_name, config.eval_dataset_name))
+        datasets = filter(hub_name, names_in(config.dataset_name) + names_in(config.eval_dataset_name))
         card = model_card(
             results,
             name=run_name,

@@ -6,17 +6,20 @@ A pair is known here by two int64 hashes, of the chosen and of the rejected toke
 import hashlib
 
 import numpy as np
+from rich.console import Group
 from rich.table import Table
 
 KEPT, EMPTY, IDENTICAL, OVER_LENGTH = range(4)  # the status of a row, one of these
 DROPPED = {"empty": EMPTY, "identical": IDENTICAL, "over_length": OVER_LENGTH}
 
 MEANING = {  # the counts, in the order of the table
+    "weight": "passes over the data set in an epoch",
     "total": "pairs read",
     "over_length": "dropped: longer than max_length",
     "empty": "dropped: a blank answer, or no tokens",
     "identical": "dropped: chosen and rejected are the same tokens",
     "kept": "pairs used",
+    "drawn": "pairs in an epoch, by the weight",
     "truncated": "kept, with the start of the prompt cut",
     "duplicate": "kept, though the same pair came before",
     "contradictory": "kept, though the same two answers also come with the opposite label",
@@ -42,18 +45,32 @@ def audit_counts(columns: dict[str, np.ndarray]) -> dict[str, int | float]:
     status = columns["status"]
     kept = status == KEPT
     chosen, rejected = columns["hash_chosen"][kept], columns["hash_rejected"][kept]
-    keys = pair_keys(chosen, rejected)
     lengths = np.concatenate([columns["length_chosen"][kept], columns["length_rejected"][kept]])
     counts = {"total": len(status)}
     counts |= {name: int((status == code).sum()) for name, code in DROPPED.items()}
-    counts["kept"] = len(keys)
+    counts["kept"] = len(chosen)
     counts["truncated"] = int(columns["truncated"][kept].sum())
-    counts["duplicate"] = int((np.diff(np.sort(keys)) == 0).sum())
-    counts["contradictory"] = _count_found(pair_keys(rejected, chosen), keys)
+    counts |= _repeats(chosen, rejected)
     counts["mean_tokens"] = round(float(lengths.mean()), 2) if len(lengths) else 0.0
     counts["max_tokens"] = int(lengths.max(initial=0))
-    counts["mean_shared_prefix"] = round(float(columns["prefix_length"][kept].mean()), 2) if len(keys) else 0.0
+    counts["mean_shared_prefix"] = round(float(columns["prefix_length"][kept].mean()), 2) if len(chosen) else 0.0
     return counts
+
+
+def pooled_counts(audits: list[dict], hashes: dict[str, np.ndarray]) -> dict[str, int | float]:
+    """The counts of several data sets together; repeated pairs are found across them too, by all kept pairs' hashes."""
+    counts = {name: sum(audit[name] for audit in audits) for name in ("total", *DROPPED, "kept", "truncated")}
+    counts |= _repeats(hashes["hash_chosen"], hashes["hash_rejected"])
+    counts["max_tokens"] = max(audit["max_tokens"] for audit in audits)
+    for name in ("mean_tokens", "mean_shared_prefix"):
+        counts[name] = round(sum(audit[name] * audit["kept"] for audit in audits) / counts["kept"], 2)
+    return counts
+
+
+def _repeats(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, int]:
+    keys = pair_keys(chosen, rejected)
+    contradictory = _count_found(pair_keys(rejected, chosen), keys)
+    return {"duplicate": int((np.diff(np.sort(keys)) == 0).sum()), "contradictory": contradictory}
 
 
 def count_in_train(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> int:
@@ -77,26 +94,47 @@ def fingerprint(columns: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def audit_table(train, test) -> Table:
-    """A small rich table of the counts of two `Pairs`; `train` may be None. Rows that are 0 everywhere are left out."""
+def audit_table(train, test) -> Table | Group:
+    """The counts of two `PairSets` as a small rich table, or as one for each if one of them has several sets, with a
+    column for each set and one for all. `train` may be None. Rows that are 0 everywhere are left out."""
     splits = {"train": train, "test": test} if train is not None else {"test": test}
-    table = Table(title="Data audit", title_justify="left")
+    if not any(pairs.are_several for pairs in splits.values()):
+        return _table("Data audit", [(split, pairs.audit) for split, pairs in splits.items()])
+    tables = []
+    for split, pairs in splits.items():
+        columns = [(name, part.audit) for name, part in pairs.sets.items()]
+        tables.append(_table(f"Data audit: {split}", [*columns, ("all", pairs.audit)][: None if columns[1:] else 1]))
+    return Group(*tables)
+
+
+def _table(title: str, columns: list[tuple[str, dict]]) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("count")
-    for name in splits:
-        table.add_column(name, justify="right")
+    for header, _ in columns:
+        table.add_column(header, justify="right", overflow="fold")
     table.add_column("meaning", style="dim")
     for name, meaning in MEANING.items():
-        values = [pairs.audit.get(name) for pairs in splits.values()]
+        values = [audit.get(name) for _, audit in columns]
         if any(values) or name in ("total", "kept"):
-            cells = ["" if value is None else f"{value:,.1f}" if "mean" in name else f"{value:,}" for value in values]
-            table.add_row(name, *cells, meaning)
+            table.add_row(name, *("" if value is None else _cell(name, value) for value in values), meaning)
     return table
 
 
+def _cell(name: str, value: int | float) -> str:
+    return f"{value:g}" if name == "weight" else f"{value:,.1f}" if "mean" in name else f"{value:,}"
+
+
 def data_report(train, test) -> dict:
-    """The same for `data_report.json`: source, format, fingerprint and every count of each split, zeros included."""
+    """The same for `data_report.json`: source, format, fingerprint and every count of each split, zeros included; of
+    several sets under their names in "sets", after the counts of all of them."""
     splits = {"train": train, "test": test} if train is not None else {"test": test}
-    return {
-        name: {"source": pairs.source, "format": pairs.format, "fingerprint": pairs.fingerprint, **pairs.audit}
-        for name, pairs in splits.items()
-    }
+    report = {}
+    for split, pairs in splits.items():
+        sets = {
+            name: {"source": part.source, "format": part.format, "fingerprint": part.fingerprint, **part.audit}
+            for name, part in pairs.sets.items()
+        }
+        (first, *others) = sets.values()
+        together = {"fingerprint": pairs.fingerprint, **pairs.audit}
+        report[split] = together | {"sets": sets} if others else first | together
+    return report

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from rm.redact import redact
 
 PATH_OPTIONS = (
-    "model_name_or_path dataset_name eval_dataset_name chat_template_path output_dir resume_from_checkpoint"
+    "model_name_or_path dataset_name eval_dataset_name chat_template_path peft_config output_dir resume_from_checkpoint"
 ).split()
 ABSOLUTE = r"(?<![\w.:/\\~<-])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:\]})]+)+[/\\]?"  # a path, in any text
 
@@ -45,6 +45,20 @@ def hub_name(name: str | None) -> str | None:
     return name
 
 
+def names_in(value: str | list[str] | dict[str, str] | None) -> list[str]:
+    """The names that an option holds: one, a list, or those of a dict."""
+    return [value] if isinstance(value, str) else list(value.values() if isinstance(value, dict) else value or ())
+
+
+def _sets(data: dict[str, Any]) -> dict[str, Any]:
+    """The data report with a split's several sets as "split: set"."""
+    return {
+        f"{split}: {name}" if name else split: part
+        for split, report in data.items()
+        for name, part in report.get("sets", {"": report}).items()
+    }
+
+
 def model_card(
     results: dict[str, Any],
     *,
@@ -66,8 +80,9 @@ def model_card(
         license: the hub's name of a licence, such as apache-2.0; None: the card says that none was given.
         repo_id: where on the hub the model goes.
     """
-    config, summary, data = results["config"], results["summary"], results["data"]
-    local = {v: Path(v).name for k in PATH_OPTIONS if (v := config.get(k)) and v != base_model and v not in datasets}
+    config, summary, data = results["config"], results["summary"], _sets(results["data"])
+    names = [name for key in PATH_OPTIONS for name in names_in(config.get(key))]
+    local = {name: Path(name).name for name in names if name != base_model and name not in datasets}
     is_adapter = config["use_peft"] and not config["merge_adapter"]
 
     def plain(value: Any) -> str:
@@ -86,7 +101,7 @@ def model_card(
         "trained on. Differences between answers to one prompt are what it was trained for (sigmoid of the difference: "
         "how probably the first is preferred); the zero point and the scale mean nothing by themselves.",
         f"- base model: {base}\n"
-        f"- saved as: {'a LoRA adapter, which needs the base model' if is_adapter else 'a whole model'}\n"
+        f"- saved as: {'a PEFT adapter, which needs the base model' if is_adapter else 'a whole model'}\n"
         f"- licence: {code(license) if license else 'none was given; ask the author, and see that of the base model'}",
         "## Use",
         _usage(results, repo_id, is_adapter, formats),
@@ -102,7 +117,8 @@ def model_card(
         "## Where it comes from",
         "\n".join(_provenance(results, code, plain)),
     ]
-    accuracy, test_name = summary.get("eval/accuracy"), plain(list(data.values())[-1]["source"])
+    tests = [split["source"] for name, split in data.items() if name.startswith("test")]
+    accuracy, test_name = summary.get("eval/accuracy"), plain(" + ".join(tests))
     result = EvalResult(
         task_type="text-classification",
         task_name="preference between two answers",
@@ -118,7 +134,7 @@ def model_card(
         license=license,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-classification",
-        tags=["reward-model", "bradley-terry", *(["lora"] if config["use_peft"] else [])],
+        tags=["reward-model", "bradley-terry", *(["peft"] if config["use_peft"] else [])],
         metrics=["accuracy"],
         model_name=plain(name),
         eval_results=[result] if isinstance(accuracy, float) else None,  # NaN is a text here
@@ -208,10 +224,15 @@ def _training(config: dict, summary: dict, code) -> list[str]:
         targets = config["lora_target_modules"]
         weights = f"LoRA and the head (r {config['lora_r']}, alpha {config['lora_alpha']}, dropout "
         weights += f"{config['lora_dropout']}, layers {code(targets) if targets else 'of PEFT’s choice'})"
+        if config["peft_config"]:
+            weights = f"the adapter of {code(config['peft_config'])} and the head"
         weights += ", merged into the weights" if config["merge_adapter"] else ""
     limit = f"max_steps {config['max_steps']}" if config["max_steps"] > 0 else f"epochs: {config['num_train_epochs']:g}"
+    best = [f"- weights: of the best evaluation, after step {summary['train/best_step']:,}"]
+    best = best if config["load_best_model_at_end"] and "train/best_step" in summary else []
     warmup = config["warmup_steps"] or f"{config['warmup_ratio']:g} of the steps"
     return [
+        *best,
         f"- steps: {summary['train/steps']:,} of {config['train_batch_size']:,} pairs ({limit}), seed {config['seed']}",
         f"- learning rate: {config['learning_rate']:g} at most, schedule {code(config['lr_scheduler_type'])}, warm-up "
         f"{warmup}; optimizer {code(config.get('optim') or 'AdamW')}, weight decay {config['weight_decay']:g}, "

@@ -94,14 +94,16 @@ class RewardConfig:
     use_bnb_nested_quant: bool = option(False, "quantise the scales of 4-bit weights too")
     bnb_4bit_quant_storage: str | None = option(None, "torch type that 4-bit weights are stored as, such as bfloat16 for FSDP; none: uint8")
 
-    dataset_name: str = option("toy", "hub name, .json/.jsonl/.parquet/.csv file (also .gz), save_to_disk folder, or toy (embedded)", "Data")
-    dataset_config: str | None = option(None, "configuration (subset) of a hub data set")
+    dataset_name: str | list[str] = option("toy", "hub name, .json/.jsonl/.parquet/.csv file (also .gz), save_to_disk folder, or toy (embedded); several as a list", "Data")
+    dataset_weights: list[float] | None = option(None, "passes over each data set in an epoch: 1 is every pair once, 0.5 a random half, 2 every pair twice; none: 1 for each")
+    dataset_config: str | list[str | None] | None = option(None, "configuration (subset) of a hub data set; of several data sets a list, null for one without")
     dataset_train_split: str = option("train", "split to train on")
     dataset_test_split: str = option("test", "split to evaluate on")
-    eval_dataset_name: str | None = option(None, "another data set (same forms as dataset_name) to evaluate on; none: dataset_test_split of dataset_name")
-    eval_fraction: float | None = option(None, "fraction of the training split that is held out for evaluation; none: use a test split")
-    max_train_samples: int | None = option(None, "use the first N pairs (toy: draw N pairs); none: all")
-    max_eval_samples: int | None = option(None, "use the first N evaluation pairs (toy: draw N pairs); none: all")
+    eval_dataset_name: str | list[str] | dict[str, str] | None = option(None, "other data to evaluate on: a data set, several as a list or {name: data set}, each with metrics of its own; none: dataset_test_split of dataset_name")
+    eval_dataset_config: str | list[str | None] | None = option(None, "configuration of eval_dataset_name, in the same form as dataset_config")
+    eval_fraction: float | None = option(None, "fraction of the training split (of each data set's) that is held out for evaluation; none: use a test split")
+    max_train_samples: int | None = option(None, "use the first N pairs of each data set, before weights (toy: draw N pairs); none: all")
+    max_eval_samples: int | None = option(None, "use the first N evaluation pairs of each data set (toy: draw N pairs); none: all")
     max_length: int | None = option(1024, "tokens in one sequence (prompt + answer); none: no limit")
     overlength: Literal["drop", "truncate_left"] = option("drop", "pairs longer than max_length: drop them, or cut the start of the prompt")
     add_eos: bool = option(True, "append the EOS token to plain text (conversations end as their template says)")
@@ -162,7 +164,7 @@ class RewardConfig:
     load_best_model_at_end: bool = option(False, "save the weights of the best evaluation, not the last (metric_for_best_model, else eval/loss)")
     early_stopping_patience: int | None = option(None, "evaluations in a row without a better metric_for_best_model (else eval/loss) that end the training; none: off")
     early_stopping_threshold: float = option(0.0, "by how much it must be better to count")
-    num_print_samples: int = option(4, "held-out pairs shown with their rewards at every evaluation; -1: all; 0: off")
+    num_print_samples: int = option(4, "held-out pairs (of each set) shown with their rewards at every evaluation; -1: all; 0: off")
     report_to: list[str] = option([], "trackers: wandb, tensorboard, any other of Accelerate's, all, or none")
     project: str = option("reward-model", "project name at the tracker")
 
@@ -218,6 +220,7 @@ class RewardConfig:
                 key,
                 f"lr_scheduler_type={c.lr_scheduler_type} has no warm-up; use constant_with_warmup, say",
             )
+        self._check_data(need)
         need(not (c.eval_fraction and c.eval_dataset_name), "eval_fraction", "eval_dataset_name is given too; give one")
         saves = c.save_steps > 0 or c.metric_for_best_model is not None
         need(c.save_total_limit is None or saves, "save_total_limit", "does nothing while save_steps is 0")
@@ -280,6 +283,32 @@ class RewardConfig:
     def changed(self, names: Sequence[str]) -> list[str]:
         """Those of the options `names` that are not at their default."""
         return [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
+
+    def _check_data(self, need) -> None:
+        """Raise `ConfigError` where lists of data sets, weights and configurations do not go together."""
+        for name, config in (("dataset_name", "dataset_config"), ("eval_dataset_name", "eval_dataset_config")):
+            given, configs = getattr(self, name), getattr(self, config)
+            places = [given] if isinstance(given, str | None) else list(given)
+            need(places and "" not in places, name, "names no data set")
+            is_broken = isinstance(given, str) and given[:1] in ("[", "{")
+            need(not is_broken, name, "is no list or dict in JSON; put the names in quotes")
+            count = f"give a list with one for each of the {len(places)} data sets"
+            need(configs is None or given is not None, config, f"does nothing without {name}")
+            num_configs = len(configs) if isinstance(configs, list) else 1
+            need(configs is None or num_configs == len(places), config, f"{count}, null for one without")
+            if name == "dataset_name" and self.dataset_weights is not None:
+                need(len(self.dataset_weights) == len(places), "dataset_weights", count)
+        for weight in self.dataset_weights or ():
+            need(0 < weight <= 100, "dataset_weights", f"{weight:g} must be greater than 0 and at most 100")
+
+    def data_options(self) -> dict[str, Any]:
+        """The arguments of `rm.mixture.load_pairs`: all that decides which pairs there are."""
+        names = (
+            "dataset_name dataset_weights dataset_config dataset_train_split dataset_test_split eval_dataset_name "
+            "eval_dataset_config eval_fraction max_train_samples max_eval_samples seed max_length overlength add_eos "
+            "margin_from_scores chat_template_kwargs dataset_num_proc"
+        )
+        return {name: getattr(self, name) for name in names.split()}
 
     def global_batch_size(self, num_processes: int) -> int:
         """Pairs per optimizer step over all processes, from either way of saying it."""

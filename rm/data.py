@@ -1,4 +1,4 @@
-"""Preference pairs for training: one call loads, checks, renders and tokenizes them, and counts what was dropped.
+"""Preference pairs of one split: one call checks, renders and tokenizes them, and counts what was dropped.
 
 The format is found from the columns of the data set:
 
@@ -30,17 +30,17 @@ from typing import Any
 import datasets
 import numpy as np
 import transformers
-from datasets import Dataset, Features, LargeList, List, Value
+from datasets import Dataset, Features, List, Value
 
-from rm.audit import DROPPED, KEPT, audit_counts, audit_table, count_in_train, data_report, fingerprint
+from rm.audit import DROPPED, KEPT, audit_counts, fingerprint
 from rm.encode import encode_batch
-from rm.load import DataError, Source, check_late_rows, load_raw, progress_bars
+from rm.formats import check_tokenizer, detect_format, number_columns
+from rm.load import DataError, Source, check_late_rows, progress_bars
 from rm.render import (
     SIDES,
     Recipe,
     RowError,
     answer,
-    describe,
     shared_messages,
     shared_text,
     transcript,
@@ -48,17 +48,11 @@ from rm.render import (
 )
 from rm.shared_start import can_share_prefix
 
-__all__ = ["DataError", "Pairs", "audit_table", "data_report", "load_pairs", "load_raw", "tokenize_pairs"]
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # part of every cache key: raise it when the tokens or the columns of a row change
 AUDIT_COLUMNS = ("status", "truncated", "prefix_length", "margin", "length_chosen", "length_rejected")
 HASH_COLUMNS = ("hash_chosen", "hash_rejected")
-TOKEN_COLUMNS = (  # ids and attention mask of a side
-    ("input_ids_{}", "attention_mask_{}"),
-    ("{}_ids", "{}_mask"),
-    ("{}_input_ids", "{}_attention_mask"),
-)
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,10 @@ class Pairs:
 
     def texts(self, i: int) -> dict[str, str]:
         """Pair `i` for a person: "prompt" (what both sides share), and what differs as "chosen" and "rejected"."""
-        row = self.dataset[i]
+        return self.texts_of(self.dataset[i])
+
+    def texts_of(self, row: dict[str, Any]) -> dict[str, str]:
+        """The same for a row of `dataset`."""
         if self.format == "tokenized":
             n = row["prefix_length"]
             ids = (row["input_ids_chosen"][:n], row["input_ids_chosen"][n:], row["input_ids_rejected"][n:])
@@ -96,57 +93,6 @@ class Pairs:
         if self.format.startswith("conversation"):
             prompt, chosen, rejected = transcript(prompt), answer(chosen), answer(rejected)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def load_pairs(
-    tokenizer: Any,
-    *,
-    dataset_name: str,
-    dataset_config: str | None = None,
-    dataset_train_split: str = "train",
-    dataset_test_split: str = "test",
-    eval_dataset_name: str | None = None,
-    eval_fraction: float | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> tuple[Pairs, Pairs]:
-    """The train and the test pairs; `options` are those of `tokenize_pairs`, names as in `load_raw`.
-
-    The test pairs are a random `eval_fraction` of the train split, or else `dataset_test_split` of `eval_dataset_name`
-    (or its only split), or of `dataset_name`. On several processes call it inside
-    `accelerator.main_process_first()`: the first one works, the others read its cache. Raises `DataError`.
-    """
-    load = {"dataset_config": dataset_config, "seed": seed}
-    if eval_fraction is not None:
-        train, test = _hold_out(load_raw(dataset_name, split=dataset_train_split, **load), eval_fraction, seed)
-        train, test = train.first(max_train_samples), test.first(max_eval_samples)
-    else:
-        train = load_raw(dataset_name, split=dataset_train_split, max_samples=max_train_samples, **load)
-        if eval_dataset_name is not None:
-            load |= {"dataset_config": None, "accept_only_split": True}
-        name = eval_dataset_name or dataset_name
-        test = load_raw(name, split=dataset_test_split, max_samples=max_eval_samples, **load)
-    train, test = tokenize_pairs(train, tokenizer, **options), tokenize_pairs(test, tokenizer, **options)
-    test.audit["in_train"] = count_in_train(*(_arrays(pairs.dataset, HASH_COLUMNS) for pairs in (train, test)))
-    if test.audit["in_train"]:
-        logger.warning(
-            "%s: %d of the %d test pairs are in the train set too; their accuracy says nothing about new data",
-            *(test.source, test.audit["in_train"], test.audit["kept"]),
-        )
-    return train, test
-
-
-def _hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
-    """(rest, random `fraction`) of the rows, each in the order of the data set, which reads faster from disk."""
-    num_rows = len(source.dataset)
-    num_test = max(1, round(fraction * num_rows))
-    if num_test >= num_rows:
-        raise DataError(f"{source.name}: eval_fraction={fraction} of {num_rows} rows leaves none to train on")
-    order = np.random.default_rng(seed).permutation(num_rows)
-    test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
-    return source.select(train), source.select(test)
 
 
 def tokenize_pairs(
@@ -175,7 +121,7 @@ def tokenize_pairs(
     recipe = Recipe(
         format=format_name,
         columns=columns,
-        numbers=_number_columns(source, margin_from_scores),
+        numbers=number_columns(source, margin_from_scores),
         add_eos=add_eos,
         max_length=max_length,
         overlength=overlength,
@@ -183,9 +129,9 @@ def tokenize_pairs(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         share_prefix=can_share_prefix(tokenizer),
     )
-    _check_tokenizer(source, tokenizer, recipe)
+    check_tokenizer(source, tokenizer, recipe)
     table = _cached_map(source, tokenizer, recipe, dataset_num_proc or 1)
-    arrays = _arrays(table, AUDIT_COLUMNS + HASH_COLUMNS)
+    arrays = arrays_of(table, AUDIT_COLUMNS + HASH_COLUMNS)
     counts, kept = audit_counts(arrays), np.flatnonzero(arrays["status"] == KEPT)
     logger.info("%s: format %s, %d of %d pairs kept", source.name, format_name, len(kept), len(table))
     if len(kept) == 0:
@@ -198,95 +144,13 @@ def tokenize_pairs(
     return Pairs(dataset, source.dataset, format_name, source.name, counts, digest, tokenizer)
 
 
-def _arrays(dataset: Dataset, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Whole columns of numbers, 8 bytes a pair at most; by way of Arrow: the numpy format loops over the rows."""
-    table = dataset.select_columns(list(names)).with_format("arrow")[:]
-    return {name: table[name].to_numpy() for name in names}
-
-
-# ---------------------------------------------------------------- format
-
-
-def detect_format(source: Source) -> tuple[str, dict[str, str]]:
-    """The name of the format, and the columns that it reads (what it is -> column), by the columns' types."""
-    features = source.dataset.features
-    for ids, mask in TOKEN_COLUMNS:
-        columns = {side: ids.format(side) for side in SIDES}
-        if all(column in features for column in columns.values()):
-            masks = {f"mask_{side}": mask.format(side) for side in SIDES if mask.format(side) in features}
-            for column in (columns | masks).values():
-                _check_integers(source, column)
-            return "tokenized", columns | masks
-    if not all(side in features for side in SIDES):
-        raise DataError(
-            f"{source.name}: needs the columns 'chosen' and 'rejected' (text or messages), or 'input_ids_chosen' and "
-            f"'input_ids_rejected'; its columns are {', '.join(features)}"
-        )
-    kinds = {column: _kind(source, column) for column in ("prompt", *SIDES) if column in features}
-    if kinds["chosen"] != kinds["rejected"]:
-        how = f"'chosen' is {kinds['chosen']} and 'rejected' is {kinds['rejected']}; they must be alike"
-        raise DataError(f"{source.row_name(0)}: {how}")
-    family = "text" if kinds["chosen"] == "text" else "conversation"
-    columns = {column: column for column in kinds}
-    if "prompt" not in kinds or (kinds["prompt"], family) == ("text", "conversation"):
-        return f"{family}_implicit_prompt", columns  # a prompt of text beside conversations repeats their start
-    if kinds["prompt"] != kinds["chosen"]:
-        fix = 'write the answers as [{"role": "assistant", "content": ...}]'
-        raise DataError(f"{source.row_name(0)}: 'prompt' is messages and 'chosen' is text; {fix}")
-    return f"{family}_explicit_prompt", columns
-
-
-def _kind(source: Source, column: str) -> str:
-    """Is it "text" or "messages"? By the type of the column; where rows differ (type Json), by the first row."""
-    feature = source.dataset.features[column]
-    if feature in (Value("string"), Value("large_string")):
-        return "text"
-    if isinstance(feature, List | LargeList):
-        item = feature.feature
-        if isinstance(item, dict | datasets.Json) or item == Value("null"):  # null: all lists are empty
-            return "messages"
-    if isinstance(feature, datasets.Json) or feature == Value("null"):
-        first = source.dataset[0][column]
-        if type(first) in (str, list):
-            return "text" if type(first) is str else "messages"
-        raise DataError(f"{source.row_name(0)}: {column!r} is {describe(first)}, expected text or messages")
-    raise DataError(f"{source.row_name(0)}: {column!r} has the type {feature}, expected text or messages")
-
-
-def _check_integers(source: Source, column: str) -> None:
-    """Raise `DataError`, naming the first wrong row, unless the column's type is a list of integers."""
-    feature = source.dataset.features[column]
-    if isinstance(feature, List | LargeList) and "int" in getattr(feature.feature, "dtype", ""):
-        return
-    rows = enumerate(source.dataset[column])
-    bad = next((row for row, ids in rows if type(ids) is not list or any(type(i) is not int for i in ids)), 0)
-    raise DataError(f"{source.row_name(bad)}: {column!r} is not a list of integers")
-
-
-def _number_columns(source: Source, margin_from_scores: bool) -> tuple[str, ...]:
-    features, scores = source.dataset.features, tuple(f"score_{side}" for side in SIDES)
-    if margin_from_scores and "margin" in features:
-        raise DataError(f"{source.name}: has a column 'margin'; set margin_from_scores to false, or remove the column")
-    if margin_from_scores and not all(column in features for column in scores):
-        missing = next(column for column in scores if column not in features)
-        raise DataError(f"{source.name}: there is no column {missing!r}; set margin_from_scores to false, or add it")
-    margin = scores if margin_from_scores else ("margin",)
-    return tuple(column for column in (*margin, "true_margin") if column in features)
-
-
-def _check_tokenizer(source: Source, tokenizer: Any, recipe: Recipe) -> None:
-    if recipe.format.startswith("text") and recipe.add_eos and tokenizer.eos_token_id is None:
-        raise DataError(f"{source.name}: the tokenizer has no EOS token to append to text; set add_eos to false")
-    if recipe.format.startswith("conversation"):
-        if not tokenizer.chat_template:
-            fix = "set chat_template_path, or give the data as text"
-            raise DataError(f"{source.name}: conversations need a chat template, the tokenizer has none; {fix}")
-        has_date = "strftime_now" in str(tokenizer.chat_template)
-        if has_date and not any("date" in key for key in recipe.chat_template_kwargs):
-            logger.warning(
-                "the chat template may write today's date into the prompt, and rewards would change from day to day; "
-                'fix it, for most templates with chat_template_kwargs: {"date_string": "26 Jul 2024"}'
-            )
+def arrays_of(dataset: Dataset, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Whole columns of numbers, 8 bytes a pair at most, past `dataset[:]`, which loops over selected rows."""
+    arrays = {name: dataset.data.column(name).to_numpy() for name in names}
+    if dataset._indices is None:
+        return arrays
+    rows = dataset._indices.column(0).to_numpy()
+    return {name: values[rows] for name, values in arrays.items()}
 
 
 # ---------------------------------------------------------------- cached tokens

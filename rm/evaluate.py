@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from rm.batching import PairLengths, plan_micro_batches
 from rm.collate import COLUMNS, collate
 from rm.command_line import parse_config
 from rm.config import ConfigError
-from rm.data import Pairs, load_pairs, tokenize_pairs
+from rm.data import arrays_of
 from rm.forward import LayoutError, concatenated_forward, resolve_layout
-from rm.load import DataError, load_raw
+from rm.load import DataError
 from rm.metrics import evaluation_metrics
+from rm.mixture import PairSets, load_pairs
 from rm.model import ModelError, RewardModel, check_positions, use_cpu_kernel
 from rm.precision import cast_weights, set_tf32
 from rm.pretrained import load_tokenizer
@@ -36,7 +38,7 @@ from rm.redact import safe_line
 def pair_lengths(dataset) -> PairLengths:
     """The lengths of all pairs of a tokenized data set (three int64 arrays; the tokens stay on disk)."""
     columns = ("length_chosen", "length_rejected", "prefix_length")
-    return PairLengths(*(np.asarray(dataset.with_format("numpy")[c][:]).astype(np.int64) for c in columns))
+    return PairLengths(*(values.astype(np.int64) for values in arrays_of(dataset, columns).values()))
 
 
 @torch.no_grad()
@@ -77,17 +79,28 @@ def evaluate_rewards(
 
 
 def pairs_metrics(
-    rewards: np.ndarray, pairs: Pairs, *, center_rewards_coefficient: float | None, label_smoothing: float
+    rewards: np.ndarray, pairs: PairSets, *, center_rewards_coefficient: float | None, label_smoothing: float
 ) -> dict[str, float]:
-    """`rm.metrics.evaluation_metrics` of the table `rewards` [n, 2], with the columns that `pairs` has."""
-    columns = {name: pairs.dataset[name][:] for name in ("subset", "true_margin") if name in pairs.dataset.column_names}
-    return evaluation_metrics(
-        rewards,
-        margin=np.asarray(pairs.dataset["margin"][:]),
-        **columns,
-        center_rewards_coefficient=center_rewards_coefficient,
-        label_smoothing=label_smoothing,
+    """`rm.metrics.evaluation_metrics` of the table `rewards` [n, 2], with the columns that `pairs` has.
+
+    With several sets: of all pairs together as `eval/...`, and of each set as `eval/<set>/...`. Subsets stand under
+    their set alone, and what needs a `true_margin` only where every pair has one.
+    """
+    measure = partial(
+        evaluation_metrics, center_rewards_coefficient=center_rewards_coefficient, label_smoothing=label_smoothing
     )
+    columns = {
+        name: {c: part.dataset[c][:] for c in ("subset", "true_margin") if c in part.dataset.column_names}
+        for name, part in pairs.sets.items()
+    }
+    margin = np.asarray(pairs.dataset["margin"][:])
+    if not pairs.are_several:
+        return measure(rewards, margin=margin, **columns.popitem()[1])
+    known = [own.get("true_margin") for own in columns.values()]
+    metrics = measure(rewards, margin=margin, true_margin=None if None in known else np.concatenate(known))
+    for name, rows in pairs.rows().items():
+        metrics |= measure(rewards[rows], margin=margin[rows], **columns[name], prefix=f"eval/{name}")
+    return metrics
 
 
 def main(argv: list[str]) -> dict[str, float]:
@@ -102,43 +115,15 @@ def main(argv: list[str]) -> dict[str, float]:
     recorded = Path(name) / "config.yaml"
     base = ["--config", str(recorded)] if recorded.is_file() else []
     if not own_data:
-        base += ["eval_fraction=none", "eval_dataset_name=none", "dataset_config=none", "max_eval_samples=none"]
+        others = "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights max_eval_samples"
+        base += [f"{name}=none" for name in others.split()]
     config = parse_config([*base, f"model_name_or_path={name}", *rest])
 
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
     set_tf32(config.tf32)
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
-    rendering = dict(
-        max_length=config.max_length,
-        overlength=config.overlength,
-        add_eos=config.add_eos,
-        margin_from_scores=config.margin_from_scores,
-        chat_template_kwargs=config.chat_template_kwargs,
-        dataset_num_proc=config.dataset_num_proc,
-    )
     with accelerator.main_process_first():
-        if config.eval_fraction is not None:  # the held-out part of the run's training split
-            pairs = load_pairs(
-                tokenizer,
-                dataset_name=config.dataset_name,
-                dataset_config=config.dataset_config,
-                dataset_train_split=config.dataset_train_split,
-                eval_fraction=config.eval_fraction,
-                max_train_samples=config.max_train_samples,
-                max_eval_samples=config.max_eval_samples,
-                seed=config.seed,
-                **rendering,
-            )[1]
-        else:
-            source = load_raw(
-                config.eval_dataset_name or config.dataset_name,
-                dataset_config=config.dataset_config,
-                split=config.dataset_test_split,
-                max_samples=config.max_eval_samples,
-                seed=config.seed,
-                accept_only_split=True,
-            )
-            pairs = tokenize_pairs(source, tokenizer, **rendering)
+        _, pairs = load_pairs(tokenizer, **config.data_options(), only_evaluation=True)
     quantization = quantization_config(
         load_in_4bit=config.load_in_4bit,
         load_in_8bit=config.load_in_8bit,

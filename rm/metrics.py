@@ -94,6 +94,7 @@ def evaluation_metrics(
     true_margin: np.ndarray | None = None,
     center_rewards_coefficient: float | None = None,
     label_smoothing: float = 0.0,
+    prefix: str = "eval",
 ) -> dict[str, float]:
     """Metrics of an evaluation set, from one table in float64: independent of how it was cut into batches.
 
@@ -103,6 +104,7 @@ def evaluation_metrics(
         subset: group of each pair; adds `eval/<subset>/accuracy` and `eval/<subset>/pairs`.
         true_margin: log-odds that chosen is better, [n], where the data's true reward is known; adds the best possible
             accuracy E[max(p, 1-p)] and the rank correlation of learned and true reward differences.
+        prefix: what the metrics' names begin with, here and above `eval`.
     """
     table = torch.from_numpy(np.ascontiguousarray(rewards, dtype=np.float64))
     loss = pairwise_loss(
@@ -115,23 +117,23 @@ def evaluation_metrics(
     learned = rewards[:, 0] - rewards[:, 1]
     low, high = wilson_interval(accuracy(learned), len(learned))
     metrics = {
-        "eval/loss": loss.mean().item(),
-        "eval/accuracy": accuracy(learned),
-        "eval/accuracy_low": low,
-        "eval/accuracy_high": high,
-        "eval/ties": float(np.mean(learned == 0)),
-        "eval/margin": float(learned.mean()),
-        "eval/reward_chosen": float(rewards[:, 0].mean()),
-        "eval/reward_rejected": float(rewards[:, 1].mean()),
-        "eval/reward_std": float(rewards.std()),
-        "eval/pairs": len(learned),
+        f"{prefix}/loss": loss.mean().item(),
+        f"{prefix}/accuracy": accuracy(learned),
+        f"{prefix}/accuracy_low": low,
+        f"{prefix}/accuracy_high": high,
+        f"{prefix}/ties": float(np.mean(learned == 0)),
+        f"{prefix}/margin": float(learned.mean()),
+        f"{prefix}/reward_chosen": float(rewards[:, 0].mean()),
+        f"{prefix}/reward_rejected": float(rewards[:, 1].mean()),
+        f"{prefix}/reward_std": float(rewards.std()),
+        f"{prefix}/pairs": len(learned),
     }
     if true_margin is not None:
-        metrics["eval/accuracy_ceiling"] = accuracy_ceiling(np.asarray(true_margin, dtype=np.float64))
-        metrics["eval/spearman_true_margin"] = spearman(learned, np.asarray(true_margin))
+        metrics[f"{prefix}/accuracy_ceiling"] = accuracy_ceiling(np.asarray(true_margin, dtype=np.float64))
+        metrics[f"{prefix}/spearman_true_margin"] = spearman(learned, np.asarray(true_margin))
     if subset is not None:
         groups = np.asarray(subset, dtype=str)
         for group in np.unique(groups):
-            metrics[f"eval/{group}/accuracy"] = accuracy(learned[groups == group])
-            metrics[f"eval/{group}/pairs"] = int(np.sum(groups == group))
+            metrics[f"{prefix}/{group}/accuracy"] = accuracy(learned[groups == group])
+            metrics[f"{prefix}/{group}/pairs"] = int(np.sum(groups == group))
     return metrics

@@ -28,6 +28,7 @@ def visualize_samples(
     rejected: Sequence[float],
     *,
     ids: Sequence[str],
+    sets: Sequence[str] | None = None,
     step: int,
     output_dir: str | os.PathLike,
     run_log: Any = None,
@@ -43,6 +44,7 @@ def visualize_samples(
         texts: "prompt", "chosen" and "rejected" of each pair; the answers without the prompt.
         chosen, rejected: rewards of the answers, float [B].
         ids: names of the pairs, the same at every step.
+        sets: the evaluation set of each pair, shown above the first one of it. None: not shown.
         step: optimizer steps done.
         run_log: a `RunLog`, for its `table`. None: no tracker.
         num_print_samples: how many pairs to show. -1: all; 0: off, nothing is written either.
@@ -50,7 +52,7 @@ def visualize_samples(
         console: where to print. None: standard output.
 
     Returns:
-        The records, with id, step, prompt, chosen, rejected, reward_chosen, reward_rejected, and
+        The records, with id, step, set if given, prompt, chosen, rejected, reward_chosen, reward_rejected, and
         p_chosen: probability that chosen is better, sigmoid(margin) (Bradley-Terry);
         margin: reward_chosen - reward_rejected; data_margin if given;
         correct: "right", "wrong" or "tie" as chosen has the higher, the lower or the same reward; "nan".
@@ -58,15 +60,16 @@ def visualize_samples(
     Raises:
         ValueError: the sequences differ in length, or `num_print_samples` is below -1.
     """
-    lengths = {len(column) for column in (texts, chosen, rejected, ids, margins) if column is not None}
+    lengths = {len(column) for column in (texts, chosen, rejected, ids, sets, margins) if column is not None}
     if len(lengths) != 1:
-        raise ValueError(f"texts, chosen, rejected, ids and margins must have one length, got {sorted(lengths)}")
+        raise ValueError(f"texts, chosen, rejected, ids, sets and margins must have one length, got {sorted(lengths)}")
     if num_print_samples < -1:
         raise ValueError(f"num_print_samples={num_print_samples}: must be a count, -1 (all) or 0 (off)")
     records = []
     for i in range(len(texts) if num_print_samples == -1 else min(num_print_samples, len(texts))):
         margin = float(chosen[i]) - float(rejected[i])
-        record = {"id": str(ids[i]), "step": step, **{key: texts[i][key] for key in ("prompt", "chosen", "rejected")}}
+        record = {"id": str(ids[i]), "step": step} | ({} if sets is None else {"set": sets[i]})
+        record |= {key: texts[i][key] for key in ("prompt", "chosen", "rejected")}
         record |= {"reward_chosen": float(chosen[i]), "reward_rejected": float(rejected[i])}
         record |= {"p_chosen": 0.5 + 0.5 * math.tanh(margin / 2), "margin": margin}  # sigmoid(margin), no overflow
         record |= {} if margins is None else {"data_margin": float(margins[i])}
@@ -99,7 +102,8 @@ def reward_table(records: list[dict[str, Any]], console: Console) -> Table:
 
     lefts = []  # what stands at the left of prompt, chosen, rejected, (data's margin)
     for r in records:
-        lefts.append([start_of(plain(r["id"]), 16), f"{r['correct']:5} P={r['p_chosen']:.3f}"])
+        own_id = r["id"].removeprefix(f"{r.get('set')}/")
+        lefts.append([start_of(plain(own_id), 16), f"{r['correct']:5} P={r['p_chosen']:.3f}"])
         lefts[-1].append(f"margin {r['margin']:+.3f}")
         if "data_margin" in r:
             lefts[-1].append(f"data   {r['data_margin']:+.3f}")
@@ -119,7 +123,11 @@ def reward_table(records: list[dict[str, Any]], console: Console) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("text", ratio=1, overflow="fold", min_width=10)
     table.add_column("reward", justify="right", no_wrap=True, min_width=7)
+    shown_set = None
     for r, left in zip(records, lefts, strict=True):
+        if r.get("set") != shown_set:
+            shown_set = r["set"]
+            table.add_row("", Text("set", "dim"), Text(plain(shown_set), "bold"), "", end_section=True)
         prompt, chosen, rejected = (plain(r[key]) or "(empty)" for key in ("prompt", "chosen", "rejected"))
         same = len(os.path.commonprefix([chosen, rejected]))
         if same > width:  # the answers part late: show where

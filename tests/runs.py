@@ -89,3 +89,24 @@ def assert_same_bits(one, other, also_kept=True):
     assert summary(one) == summary(other)
     (name,) = {path.name for path in one.glob("*.safetensors")}
     assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def mixture(folder: Path) -> list[str]:
+    """Two files of different formats in `folder`, and the options to train on them and evaluate on two sets."""
+    from rm.toy import toy_dataset
+
+    def text(row):
+        start = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in row["prompt"]) + "<|assistant|>"
+        return {side: start + row[side][0]["content"] for side in ("chosen", "rejected")} | {"margin": 0.25}
+
+    train, test = toy_dataset("train", 80, 42), toy_dataset("test", 30, 42)
+    for name, rows in {
+        "plain": [text(row) for row in train.select(range(40))],
+        "talk": list(train.select(range(40, 80))),
+        "plain-test": [text(row) for row in test.select(range(12))],
+        "talk-test": list(test.select(range(12, 30))),
+    }.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {name: str(folder / f"{name}-test.jsonl") for name in ("plain", "talk")}
+    options = [f"--dataset_name={[str(folder / f'{name}.jsonl') for name in names]}", "--dataset_weights=[1.5, 0.5]"]
+    return [*options, f"--eval_dataset_name={names}"]

@@ -172,6 +172,57 @@ def test_more_pairs_asked_for_than_exist(tmp_path, monkeypatch, caplog, capsys):
     assert json.loads((tmp_path / "out" / "data_report.json").read_text())["train"]["total"] == 8
 
 
+# ---------------------------------------------------------------- several data sets
+
+LENGTH = "give a list with one for each of the 2 data sets"
+SEVERAL = {
+    "too few weights": (["--dataset_weights=[1]"], f"dataset_weights=[1.0]: {LENGTH}"),
+    "too many weights": (["--dataset_weights", "1", "2", "3"], f"dataset_weights=[1.0, 2.0, 3.0]: {LENGTH}"),
+    "zero": (["--dataset_weights=[1, 0]"], "dataset_weights=[1.0, 0.0]: 0 must be greater than 0 and at most 100"),
+    "negative": (["--dataset_weights=[-1, 1]"], "dataset_weights=[-1.0, 1.0]: -1 must be greater than 0 and at most"),
+    "huge": (["--dataset_weights=[1, 1e9]"], "dataset_weights=[1.0, 1000000000.0]: 1e+09 must be greater than 0 and"),
+    "nan": (["--dataset_weights=[1, NaN]"], "dataset_weights=[1.0, nan]: nan must be greater than 0 and at most 100"),
+    "no number": (["--dataset_weights=[1, 'x']"], "command line: dataset_weights=[1, 'x'] does not fit; expected list"),
+    "one number": (["--dataset_weights=0.5"], "command line: dataset_weights='0.5' does not fit; expected list"),
+    "empty": (["--dataset_name=[]"], "dataset_name=[]: names no data set"),
+    "an empty name": (["--dataset_name=['a.jsonl', '']"], "dataset_name=['a.jsonl', '']: names no data set"),
+    "no evaluation set": (["--eval_dataset_name={}"], "eval_dataset_name={}: names no data set"),
+    "a list without quotes": (["--dataset_name=[a.jsonl, b.jsonl]"], "dataset_name='[a.jsonl, b.jsonl]': is no list"),
+    "one configuration": (["--dataset_config=x"], f"dataset_config='x': {LENGTH}, null for one without"),
+    "three configurations": (["--dataset_config=['x', 'y', 'z']"], f"dataset_config=['x', 'y', 'z']: {LENGTH}, null"),
+    "a configuration of nothing": (["--eval_dataset_config=x"], "eval_dataset_config='x': does nothing without eval_"),
+    "twice": (["--dataset_name=['a.jsonl', 'a.jsonl']"], "dataset_name: a.jsonl is given twice; use dataset_weights"),
+    "evaluated twice": (["--eval_dataset_name", "a.jsonl", "a.jsonl"], "eval_dataset_name: a.jsonl is given twice; g"),
+    "a name with a slash": (["--eval_dataset_name={'a/b': 'a.jsonl', 'c': 'b.jsonl'}"], "eval_dataset_name: 'a/b' is"),
+    "a metric's name": (["--eval_dataset_name={'loss': 'a.jsonl', 'c': 'b.jsonl'}"], "eval_dataset_name: a set cannot"),
+    "unknown": (["--dataset_name=['a.jsonl', 'c.jsonl']"], "c.jsonl: there is no such file or folder"),
+    "unknown on the hub": (["--dataset_name=['a.jsonl', 'no/data']"], "no/data: no local file or folder, and the hub"),
+    "unknown evaluation set": (["--eval_dataset_name=['a.jsonl', 'd.jsonl']"], "d.jsonl: there is no such file or"),
+    "a small weight": (["--dataset_weights=[1, 0.01]"], "b.jsonl: dataset_weights=0.01 draws none of 4 pairs"),
+    "a metric of no set": (["--metric_for_best_model=eval/c/accuracy", "--eval_steps=1"],
+                           "metric_for_best_model=eval/c/accuracy: there are eval/"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_data_sets(fails, tmp_path, name):
+    options, message = SEVERAL[name]
+    for file in ("a.jsonl", "b.jsonl"):
+        (tmp_path / file).write_bytes(json_lines(*[GOOD] * 4))
+    data = ["--dataset_name=['a.jsonl', 'b.jsonl']", "--eval_dataset_name=['a.jsonl', 'b.jsonl']"]
+    if name == "a configuration of nothing":
+        data[1] = "--eval_fraction=0.5"
+    last = fails(*data, *options)
+    assert last.startswith(message), last
+
+
+def test_a_wrong_row_of_several_data_sets(fails, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(*[GOOD] * 4))
+    (tmp_path / "b.jsonl").write_bytes(json_lines(TALK, TALK | {"rejected": None}))
+    last = fails("--dataset_name=['a.jsonl', 'b.jsonl']", "--eval_dataset_name=a.jsonl")
+    assert last.startswith("b.jsonl, row 1: 'rejected' is missing (null)")
+
+
 # ---------------------------------------------------------------- configs
 
 CONFIGS = {

@@ -42,6 +42,20 @@ def test_forms_of_the_command_line(argv):
     assert config.lora_target_modules == ["q_proj", "v_proj"]
 
 
+def test_forms_of_several_data_sets(write):
+    text = "dataset_name: [a.jsonl, org/b]\ndataset_weights: [1, 5e-1]\ndataset_config: [null, main]\n"
+    text += "eval_dataset_name: {x: a.jsonl, y: org/b}\neval_dataset_config: [null, main]\nmodel_name_or_path: m\n"
+    argv = ["--dataset_name", "a.jsonl", "org/b", "--dataset_weights", "1", "5e-1", '--dataset_config=[null, "main"]']
+    argv += ["eval_dataset_name={'x': 'a.jsonl', 'y': 'org/b'}", "eval_dataset_config=[None, 'main']"]
+    config = parse_config([*argv, "--model_name_or_path=m"])
+    assert config == parse_config(["--config", write(text)])
+    assert (config.dataset_name, config.dataset_weights) == (["a.jsonl", "org/b"], [1.0, 0.5])
+    assert (config.dataset_config, config.eval_dataset_name) == ([None, "main"], {"x": "a.jsonl", "y": "org/b"})
+    assert parse_config(["--config", write(config.to_yaml())]) == config
+    one = parse_config(["--dataset_name", "a.jsonl", "--model_name_or_path=m", "--eval_dataset_name", "b.jsonl"])
+    assert (one.dataset_name, one.eval_dataset_name) == ("a.jsonl", "b.jsonl")
+
+
 def test_precedence_default_yaml_command_line(write):
     first = write("learning_rate: 1e-5\nseed: 1\nmixed_precision: no\nreport_to: wandb\n", "a.yaml")
     second = write("seed: 2\nchat_template_kwargs: {date_string: 1 Jan}\nmax_grad_norm: 0.5\n", "b.yaml")
@@ -136,7 +150,7 @@ def test_every_field_has_a_help_line(capsys):
 
 def test_every_recipe_parses():
     recipes = [path for path in (ROOT / "configs").glob("*.yaml") if path.name != "sweep.yaml"]
-    assert {"quickstart.yaml", "hh_rlhf_gpt2.yaml", "ultrafeedback_qwen.yaml", "local_jsonl.yaml"} <= {
+    assert {"quickstart.yaml", "hh_rlhf_gpt2.yaml", "ultrafeedback_qwen.yaml", "local_jsonl.yaml", "mixture.yaml"} <= {
         p.name for p in recipes
     }
     for path in recipes:

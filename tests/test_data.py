@@ -19,8 +19,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 import rm.data
-from rm.data import DataError, audit_table, data_report, load_pairs, load_raw, tokenize_pairs
+from rm.audit import audit_table, data_report
+from rm.data import Pairs, tokenize_pairs
 from rm.encode import shared_prefix_length, truncate_left
+from rm.load import DataError, load_raw
+from rm.mixture import PairSets, load_pairs
 from rm.render import RowError
 from rm.shared_start import _cut, can_share_prefix, encode_pairs
 
@@ -60,6 +63,11 @@ def write(path, rows) -> str:
 
 def pairs_of(rows, tokenizer, tmp_path, **options):
     return tokenize_pairs(load_raw(write(tmp_path / "rows.jsonl", rows), split="train"), tokenizer, **options)
+
+
+def only(pairs: PairSets) -> Pairs:
+    (pairs,) = pairs.sets.values()
+    return pairs
 
 
 def decoded(pairs, tokenizer) -> list[tuple[str, str]]:
@@ -231,8 +239,8 @@ def test_margin_scores_id_subset_and_true_margin(tokenizer, tmp_path):
 
 def test_the_toy_data(tokenizer):
     train, test = load_pairs(tokenizer, dataset_name="toy", max_train_samples=30, max_eval_samples=10, seed=1)
-    assert train.format == test.format == "conversation_explicit_prompt"
-    assert len(train.raw) == 30 and len(test.raw) == 10 and "true_margin" in test.dataset.column_names
+    assert only(train).format == only(test).format == "conversation_explicit_prompt"
+    assert len(only(train).raw) == 30 and len(only(test).raw) == 10 and "true_margin" in test.dataset.column_names
     with pytest.raises(DataError, match="toy: there is no split 'dev', only train, test"):
         load_raw("toy", split="dev")
 
@@ -292,10 +300,10 @@ def test_splits_of_a_saved_data_set_and_another_eval_data_set(tokenizer, tmp_pat
     DatasetDict(train=Dataset.from_list(AB), dev=Dataset.from_list(AB[:1])).save_to_disk(tmp_path / "saved")
     name = str(tmp_path / "saved")
     train, test = load_pairs(tokenizer, dataset_name=name, dataset_test_split="dev", max_train_samples=2)
-    assert (len(train.raw), len(test.raw)) == (2, 1)
+    assert (len(only(train).raw), len(only(test).raw)) == (2, 1)
     other = write(tmp_path / "other.jsonl", [{"chosen": "x", "rejected": "y"}])
     train, test = load_pairs(tokenizer, dataset_name=name, eval_dataset_name=other)
-    assert test.raw[0]["chosen"] == "x" and test.source == other
+    assert only(test).raw[0]["chosen"] == "x" and only(test).source == other
     with pytest.raises(DataError, match="no split 'test', only train, dev"):
         load_pairs(tokenizer, dataset_name=other, eval_dataset_name=name)
 
@@ -308,13 +316,13 @@ def test_held_out_fraction(tokenizer, tmp_path):
     assert (train.audit["total"], test.audit["total"], test.audit["in_train"]) == (30, 10, 0)
     ids = [*train.dataset["id"], *test.dataset["id"]]
     assert sorted(ids) == sorted(row["id"] for row in rows)
-    assert [test.texts(i)["chosen"] for i in range(10)] == [test.raw[i]["chosen"] for i in range(10)]
+    assert [test.texts(i)["chosen"] for i in range(10)] == [only(test).raw[i]["chosen"] for i in range(10)]
     again = load_pairs(tokenizer, dataset_name=name, eval_fraction=0.25, seed=3)
     other = load_pairs(tokenizer, dataset_name=name, eval_fraction=0.25, seed=4)
     assert (train.fingerprint, test.fingerprint) == tuple(pairs.fingerprint for pairs in again)
     assert test.fingerprint != other[1].fingerprint
     few = load_pairs(tokenizer, dataset_name=name, eval_fraction=0.25, max_train_samples=5, max_eval_samples=2)
-    assert [len(pairs.raw) for pairs in few] == [5, 2]
+    assert [len(only(pairs).raw) for pairs in few] == [5, 2]
     with pytest.raises(DataError, match=r"eval_fraction=0.25 of 1 rows leaves none"):
         load_pairs(tokenizer, dataset_name=write(tmp_path / "one.jsonl", rows[:1]), eval_fraction=0.25)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from conftest import PAD, random_pairs, tiny_classifier
-from test_train import SMALL, reset_accelerate
+from runs import SMALL, mixture, reset_accelerate
 
 import train_rm
 from rm import evaluate
@@ -60,3 +60,33 @@ def test_another_data_set_and_wrong_models(trained, tmp_path, capsys):
     reset_accelerate()
     with pytest.raises(ModelError):
         evaluate.main(["--model=configs/tiny_llama", "--max_eval_samples=10"])
+
+
+def test_several_sets_have_the_same_numbers_as_in_training(train, tmp_path):
+    summary, folder = train("out", *mixture(tmp_path), "--max_steps=3", "--num_print_samples=2")
+    trained = {name: value for name, value in summary.items() if name.startswith("eval/")}
+    assert (trained["eval/pairs"], trained["eval/plain/pairs"], trained["eval/talk/pairs"]) == (30, 12, 18)
+    assert "eval/talk/accuracy_ceiling" in trained and "eval/accuracy_ceiling" not in trained
+    sizes = trained["eval/plain/pairs"], trained["eval/talk/pairs"]
+    for name in ("loss", "accuracy", "margin", "reward_chosen", "ties"):
+        mean = np.average([trained[f"eval/plain/{name}"], trained[f"eval/talk/{name}"]], weights=sizes)
+        assert trained[f"eval/{name}"] == pytest.approx(mean), name
+    shown = [json.loads(line) for line in (folder / "samples/step-3.jsonl").read_text().splitlines()]
+    assert [(row["set"], row["id"]) for row in shown] == [
+        ("plain", "plain/0"), ("plain", "plain/1"), ("talk", "talk/test-12"), ("talk", "talk/test-13"),
+    ]  # fmt: skip
+    places = {name: str(tmp_path / f"{name}-test.jsonl") for name in ("plain", "talk")}
+    for options in ([], [f"--eval_dataset_name={places}"], [f"--dataset_name={list(places.values())}"]):
+        reset_accelerate()
+        metrics = evaluate.main([f"--model={folder}", *options])
+        metrics = {name.replace("-test/", "/"): value for name, value in metrics.items()}  # named after the files
+        assert metrics == pytest.approx(trained, abs=1e-5), options
+
+
+def test_the_held_out_part_of_several(train, tmp_path):
+    options = [*mixture(tmp_path)[:2], "--eval_fraction=0.25", "--max_train_samples=none", "--max_eval_samples=none"]
+    summary, folder = train("out", *options, "--max_steps=1")
+    reset_accelerate()
+    metrics = evaluate.main([f"--model={folder}"])
+    assert metrics == pytest.approx({name: v for name, v in summary.items() if name.startswith("eval/")}, abs=1e-5)
+    assert metrics["eval/plain/pairs"] == metrics["eval/talk/pairs"] == 10

@@ -52,6 +52,15 @@ def test_a_pair_that_is_not_finite_ends_the_run_by_name(zygote, poisoned, tmp_pa
     assert "Traceback" not in runs[0].stderr and not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_pair_of_a_mixture_is_named_with_its_data_set(zygote, poisoned, tmp_path):
+    (train,) = (option.partition("=")[2] for option in poisoned if option.startswith("--dataset_name="))
+    shutil.copy(train, tmp_path / "other.jsonl")
+    (tmp_path / "other.jsonl").write_text((tmp_path / "other.jsonl").read_text().replace("make tea of water", "tea"))
+    names = ["--dataset_name", train, "other.jsonl", "--dataset_weights", "1", "0.5"]
+    run = zygote.start([*poisoned, *names, "--output_dir=out"], tmp_path)
+    assert run.wait() == 3 and run.stderr.strip().endswith("not finite; its pairs: train/pair-7")
+
+
 def test_a_step_may_be_left_out_on_every_process(zygote, poisoned, tmp_path):
     """The weights, the means and the number of steps left out are the same however it is run."""
     for count in (1, 2):

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from runs import SMALL, assert_same_run, lines, program, wait_until
+from runs import SMALL, assert_same_run, lines, mixture, program, wait_until
 from safetensors.torch import load_file
 
 RAGGED = ["dataset_name=toy", *SMALL, "--train_batch_size=17", "--max_train_samples=50", "--eval_steps=2"]  # 17, 17, 16
@@ -49,6 +49,19 @@ def test_any_number_of_processes_trains_the_same(zygote, one, tmp_path, count, t
         assert lines(one, name) == lines(tmp_path / "out", name)
     for name in ("eval/loss", "eval/margin", "eval/reward_std"):
         np.testing.assert_allclose(lines(one, name), lines(tmp_path / "out", name), atol=1e-6)
+
+
+def test_a_mixture_trains_the_same(zygote, tmp_path):
+    """Two formats, weights, and two evaluation sets; the second process reads what the first one wrote."""
+    options = [*SMALL, *mixture(tmp_path), "--train_batch_size=17", "--max_steps=7", "--eval_steps=2"]
+    for count in (1, 2):
+        zygote.run(count, [*options, "--micro_batch_tokens=300", f"--output_dir=out-{count}"], tmp_path)
+    assert_same_run(tmp_path / "out-1", tmp_path / "out-2")
+    for name in ("eval/plain/loss", "eval/talk/accuracy", "eval/talk/brief/accuracy", "eval/accuracy"):
+        assert len(lines(tmp_path / "out-1", name)) == 4
+        np.testing.assert_allclose(lines(tmp_path / "out-1", name), lines(tmp_path / "out-2", name), atol=1e-6)
+    reports = [json.loads((tmp_path / f"out-{count}/data_report.json").read_text()) for count in (1, 2)]
+    assert reports[0] == reports[1] and reports[0]["train"]["drawn"] == 60 + 20
 
 
 def test_fsdp2_trains_the_same(fsdp_zygote, one, tmp_path):

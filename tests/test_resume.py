@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from runs import ROOT, SMALL, assert_same_bits, assert_same_run, lines, record, reset_accelerate, summary
+from runs import ROOT, SMALL, assert_same_bits, assert_same_run, lines, mixture, record, reset_accelerate, summary
 from safetensors.torch import load_file, save_file
 
 import train_rm
@@ -63,6 +63,19 @@ def test_fsdp2_killed_at_random_moments(fsdp_zygote, tmp_path, pretrained):
     seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
     print(f"KILL_SEED={seed}")
     kill_until_it_ends(fsdp_zygote, 2, [*options, "--output_dir=parts"], tmp_path, 0.7 * longest, seed)
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_mixture_killed_at_random_moments(zygote, tmp_path, pretrained):
+    options = [*LONG, *mixture(tmp_path), "--metric_for_best_model=eval/talk/accuracy", "--max_steps=13"]
+    options += [f"--model_name_or_path={pretrained}", "--train_batch_size=13"]
+    start = time.monotonic()
+    zygote.run(1, [*options, "--output_dir=whole"], tmp_path)
+    longest = time.monotonic() - start
+    seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
+    print(f"KILL_SEED={seed}")
+    kill_until_it_ends(zygote, 1, [*options, "--output_dir=parts"], tmp_path, 0.7 * longest, seed)
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -284,6 +297,25 @@ def test_a_new_run_takes_over_a_folder_only_with_leave(interrupted, finished, re
     assert steps_in(interrupted) == ["step-3", "step-6"]
     assert resume("--resume_from_checkpoint=none", "--overwrite_output_dir", "--save_steps=0")[0] == 0
     assert steps_in(interrupted) == [] and record(interrupted) == record(finished)
+
+
+def test_a_mixture_must_stay_what_it_was(tmp_path, resume):
+    first, rest = mixture(tmp_path), ["--max_steps=4", "--eval_steps=0"]
+    assert resume(*first, *rest)[0] == 0  # from the beginning
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-4")
+    (tmp_path / "moved").mkdir()
+    moved = mixture(tmp_path / "moved")
+    assert "fingerprint" in (tmp_path / "run/data_report.json").read_text()
+    for options, message in [
+        ([*first, "--dataset_weights=[1.5, 1]"], "dataset_weights: [1.5, 0.5] -> [1.5, 1.0]"),
+        ([first[0].replace("talk", "talk-test"), *first[1:]], "the content of dataset_name has changed"),
+        ([*first[:2], first[2].replace("'plain'", "'other'")], "the content of eval_dataset_name has changed"),
+    ]:
+        code, error, _ = resume(*options, *rest)
+        assert code == 2 and message in error, error
+    code, _, log = resume(*moved, *rest)  # the same content elsewhere
+    assert code == 0 and "resumed from run/checkpoints/step-3" in log
 
 
 def flip_bit(path):

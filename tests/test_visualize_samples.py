@@ -36,6 +36,21 @@ def show(tmp_path, texts=TEXTS, chosen=CHOSEN, rejected=REJECTED, *, width=80, e
     return records, raw.getvalue().decode(encoding)
 
 
+def test_sets_are_named_above_their_first_pair(tmp_path):
+    long = "a set with a name that is longer than the column of the ids"
+    sets = ["one", "one", long, long, long]
+    records, text = show(tmp_path, ids=[f"{name}/{i}" for name, i in zip(sets, IDS, strict=True)], sets=sets)
+    assert [(r["id"], r["set"]) for r in records] == [("one/a", "one"), ("one/b", "one"), (f"{long}/c", long),
+                                                       (f"{long}/d", long)]  # fmt: skip
+    rows = text.splitlines()
+    (one,), (other,) = ([n for n, row in enumerate(rows) if row.split()[:2] == ["set", word]] for word in ("one", "a"))
+    first = {i: next(n for n, row in enumerate(rows) if row.split()[:1] == [i]) for i in "abcd"}
+    assert one < first["a"] < first["b"] < other < first["c"] < first["d"] and "one/" not in text
+    assert long in " ".join(text.split())
+    with pytest.raises(ValueError, match="must have one length"):
+        show(tmp_path, sets=["one"])
+
+
 def test_records(tmp_path):
     """Hand-computed: sigmoid(1) = 0.7310586, sigmoid(-0.5) = 0.3775407."""
     records, _ = show(tmp_path, chosen=np.float32(CHOSEN), rejected=np.float32(REJECTED))

@@ -154,8 +154,8 @@ def run_trl(turn: Turn, args: argparse.Namespace, precision: str, options: dict)
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """One model folder with head and pad token for all, and the pairs in the order in which our steps take them."""
     from rm.batching import StepPlan
-    from rm.data import load_pairs
     from rm.evaluate import pair_lengths
+    from rm.mixture import load_pairs
     from rm.pretrained import load_classifier, load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
