@@ -134,7 +134,7 @@ def data_report(train, test) -> dict:
             name: {"source": part.source, "format": part.format, "fingerprint": part.fingerprint, **part.audit}
             for name, part in pairs.sets.items()
         }
-        (first, *others) = sets.values()
-        together = {"fingerprint": pairs.fingerprint, **pairs.audit}
-        report[split] = together | {"sets": sets} if others else first | together
+        names = {key: ", ".join(dict.fromkeys(part[key] for part in sets.values())) for key in ("source", "format")}
+        report[split] = names | {"fingerprint": pairs.fingerprint, **pairs.audit}
+        report[split] |= {"sets": sets} if pairs.are_several else {}
     return report

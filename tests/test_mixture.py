@@ -226,6 +226,7 @@ def test_audit_of_each_and_of_all(load, files, tmp_path):
     assert [(part["weight"], part["drawn"]) for part in report["sets"].values()] == [(1, 10), (1.5, 5), (2, 6)]
     assert report["sets"]["talk"]["source"] == files[1] and report["sets"]["talk"]["duplicate"] == 0
     assert report["fingerprint"] == train.fingerprint
+    assert (report["source"], report["format"]) == (", ".join(files), "text_implicit_prompt, tokenized")
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(audit_table(train, test))
     text = console.export_text()
