@@ -76,7 +76,7 @@ def test_under_fsdp_it_cannot_act(fsdp_zygote, tmp_path):
     (run, _) = fsdp_zygote.start_many(
         2, ["dataset_name=toy", *SMALL, "--eval_dtype=bfloat16", "--output_dir=x"], tmp_path
     )
-    assert run.wait(timeout=60) == 2
+    assert run.wait() == 2
     assert "eval_dtype=bfloat16: cannot act under FSDP; use DDP or one process" in run.stderr
 
 
