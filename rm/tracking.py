@@ -239,8 +239,7 @@ def tracker_options(name: str, run_name: str, output_dir: Path, resumed: bool = 
     if name == "swanlab":
         return {"name": run_name, "log_dir": os.environ.get("SWANLAB_LOG_DIR", folder)}
     if name == "clearml":
-        # it would take up what TensorBoard is given a second time
-        return {"task_name": os.environ.get("CLEARML_TASK", run_name), "auto_connect_frameworks": False}
+        return {"task_name": os.environ.get("CLEARML_TASK", run_name)}
     if name == "comet_ml":
         import comet_ml
 
