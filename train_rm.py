@@ -19,6 +19,7 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from rm.card import hub_name, model_card, names_in
 from rm.checkpoint import (
     CheckpointError,
     damage,
+    digest,
     full_state_dict,
     load_checkpoint,
     read_state,
@@ -267,6 +269,7 @@ def main(argv: list[str]) -> dict:
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
     )
+    content["peft_config"] = digest(Path(config.peft_config))["sha256"] if config.peft_config else ""
     model, optimizer = accelerator.prepare(model, optimizer)
     lengths = pair_lengths(train_pairs.dataset)
     layout, reason = resolve_layout(

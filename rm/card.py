@@ -228,8 +228,9 @@ def _training(config: dict, summary: dict, code) -> list[str]:
             weights = f"the adapter of {code(config['peft_config'])} and the head"
         weights += ", merged into the weights" if config["merge_adapter"] else ""
     limit = f"max_steps {config['max_steps']}" if config["max_steps"] > 0 else f"epochs: {config['num_train_epochs']:g}"
-    best = [f"- weights: of the best evaluation, after step {summary['train/best_step']:,}"]
-    best = best if config["load_best_model_at_end"] and "train/best_step" in summary else []
+    best = []
+    if config["load_best_model_at_end"] and "train/best_step" in summary:
+        best = [f"- weights: of the best evaluation, after step {summary['train/best_step']:,}"]
     warmup = config["warmup_steps"] or f"{config['warmup_ratio']:g} of the steps"
     return [
         *best,

@@ -44,7 +44,9 @@ MAY_CHANGE_ON_RESUME = frozenset(
     "hub_strategy hub_token hub_revision".split()
 )
 # ... and these name things that are compared by their content (a file may lie elsewhere on another machine)
-COMPARED_BY_CONTENT = frozenset("model_name_or_path dataset_name eval_dataset_name chat_template_path".split())
+COMPARED_BY_CONTENT = frozenset(
+    "model_name_or_path dataset_name eval_dataset_name chat_template_path peft_config".split()
+)
 LORA_OPTIONS = (
     "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora"
 ).split()
