@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from rm.model import ModelError, find_head
+from rm.model import NUM_OUTPUTS, ModelError, find_head
 from rm.pretrained import check_folder, find_adapter, has_no_weights, in_one_line, load_classifier, why
 from rm.quantization import keep_weights, without_quantization
 
@@ -226,7 +226,7 @@ def load_trained(
 
             if quantization_config is not None:
                 options["quantization_config"] = quantization_config
-            model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, **options)
+            model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=NUM_OUTPUTS, **options)
             keep_weights(model)
             model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
             return model
@@ -236,7 +236,7 @@ def load_trained(
         raise
     except Exception as error:
         raise ModelError(f"'{name}' could not be loaded as a reward model: {why(name, error)}") from None
-    if info["missing_keys"] or model.config.num_labels != 1:
+    if info["missing_keys"] or model.config.num_labels != NUM_OUTPUTS:
         raise ModelError(f"'{name}' is not a trained reward model: it has no head with one output")
     return model
 

@@ -23,12 +23,15 @@ from rm.attention import SDPA_BY_TREE
 LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
 
+NUM_OUTPUTS = 1  # of the head; the first one is the reward
+
+
 class ModelError(ValueError):
     """A model or tokenizer that cannot become a reward model; the message is one line and names the fix."""
 
 
 class RewardModel(nn.Module):
-    """Wraps an `AutoModelForSequenceClassification` with `num_labels=1`, perhaps inside a `PeftModel`.
+    """Wraps an `AutoModelForSequenceClassification` with `NUM_OUTPUTS` labels, perhaps inside a `PeftModel`.
 
     A causal model's reward is `head(last_hidden_state[row, index])`: gathered first, so that the head costs N
     positions rather than R x L, and computed in float32. transformers' own pooling looks for `pad_token_id` and so can

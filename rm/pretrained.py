@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from rm.model import ModelError, find_head, use_cpu_kernel
+from rm.model import NUM_OUTPUTS, ModelError, find_head, use_cpu_kernel
 from rm.quantization import keep_weights
 
 logger = logging.getLogger(__name__)
@@ -119,9 +119,9 @@ def load_classifier(
     except Exception as error:
         raise ModelError(f"no model could be loaded from '{name}': {why(name, error)}") from None
     is_classifier = any("SequenceClassification" in a for a in config.architectures or [])
-    if is_classifier and config.num_labels != 1 and not has_no_weights(name):
-        raise ModelError(f"'{name}' is a classifier with {config.num_labels} labels; a reward model has 1")
-    config.num_labels = 1
+    if is_classifier and config.num_labels != NUM_OUTPUTS and not has_no_weights(name):
+        raise ModelError(f"'{name}' is a classifier with {config.num_labels} labels; a reward model has {NUM_OUTPUTS}")
+    config.num_labels = NUM_OUTPUTS
 
     torch.manual_seed(seed)  # before any weight is drawn
     options |= dict(config=config, dtype=dtype)
