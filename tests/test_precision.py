@@ -1,5 +1,7 @@
 """Options for precision and memory: eval_dtype, TF32, offloading, Liger, checkpointing's own arguments; and NEFTune."""
 
+import json
+import shutil
 import sys
 from types import ModuleType
 
@@ -270,3 +272,44 @@ def test_a_run_with_noise_resumes_to_the_same_bits(train, pretrained):
     assert_same_bits(whole, parts, also_kept=False)
     _, without = train("without", *options[1:])
     assert lines(without) != lines(whole)
+
+
+# ---------------------------------------------------------------------------------------------- fp16 and its scaler
+
+# Accelerate has fp16 on GPUs only; torch has the autocast and the scaler on CPUs too
+FP16 = """
+import torch, train_rm
+make = train_rm.make_accelerator
+def fp16(mixed_precision, max_grad_norm):
+    accelerator = make("no", max_grad_norm)
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** {scale}, growth_interval=4)
+    return accelerator
+train_rm.make_accelerator = fp16
+"""
+HALF = ["dataset_name=toy", *SMALL, "--max_steps=8", "--micro_batch_tokens=300", "--output_dir"]
+
+
+def test_fp16_trains_as_float32_does(zygote, tmp_path):
+    zygote.run(1, [*HALF, "whole"], tmp_path)
+    zygote.run(1, [*HALF, "half"], tmp_path, fault=FP16.format(scale=8))
+    assert lines(tmp_path / "half", "optim/skipped_steps")[-1] == 0
+    torch.testing.assert_close(lines(tmp_path / "half"), lines(tmp_path / "whole"), atol=5e-3, rtol=0)
+    norms = [lines(tmp_path / name, "optim/grad_norm") for name in ("half", "whole")]  # unscaled
+    torch.testing.assert_close(*norms, atol=0, rtol=2e-2)
+    assert lines(tmp_path / "half") != lines(tmp_path / "whole")
+
+
+def test_fp16_finds_its_scale_and_resumes_with_it(zygote, tmp_path):
+    """Steps whose gradients overflow are left out without an error; the scale is in the checkpoint."""
+    options, fault = [*HALF, "run", "--save_steps=6"], FP16.format(scale=22)
+    zygote.run(1, options, tmp_path, fault=fault)
+    skipped = lines(tmp_path / "run", "optim/skipped_steps")
+    assert 2 <= skipped[-1] < 8
+    scaler = json.loads((tmp_path / "run/checkpoints/step-6/state.json").read_text())["scaler"]
+    assert 0 < scaler["scale"] < 2**22
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    (tmp_path / "run" / "results.json").unlink()
+    again = [*options, "--resume_from_checkpoint=run/checkpoints/step-6"]
+    zygote.run(1, again, tmp_path, fault=fault)
+    assert_same_bits(tmp_path / "before", tmp_path / "run", also_kept=False)
