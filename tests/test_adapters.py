@@ -1,6 +1,8 @@
 """PEFT: every option of LoRA, other methods, adapters that are continued or merged; whole runs and their exports."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from rm.adapters import LORA, add_adapter, lora_config, read_peft_config
 from rm.config import LORA_OPTIONS
 from rm.model import ModelError
 from rm.pretrained import load_classifier, load_tokenizer
+from rm.run_dir import RunDirError
 
 ALL = "--lora_target_modules=all-linear"
 
@@ -185,6 +188,11 @@ def test_another_method_resumes_to_the_same_bits(train, pretrained, peft_file, m
     assert_same_bits(whole, parts, also_kept=False)
     stored = load_file(whole / "checkpoints" / "step-2" / "model.safetensors")
     assert all("score" in name or method in name or "vera" in name for name in stored)  # the trained ones
+    moved = Path(shutil.copy(file, Path(file).with_stem("moved")))  # the same content may lie elsewhere
+    train("moved", *options, "--learning_rate=1e-2", checkpoint, f"--peft_config={moved}")
+    moved.write_text(moved.read_text() + "\n")
+    with pytest.raises(RunDirError, match="the content of peft_config has changed"):
+        train("other", *options, "--learning_rate=1e-2", checkpoint, f"--peft_config={moved}")
 
 
 def test_another_method_on_two_processes(zygote, fsdp_zygote, pretrained, peft_file, tmp_path):
