@@ -254,6 +254,7 @@ def main(argv: list[str]) -> dict:
     # whatever the options call them, a resumed run must have the same pairs and start from the same weights
     content = {"dataset_name": train_pairs.fingerprint, "eval_dataset_name": eval_pairs.fingerprint}
     content["model_name_or_path"] = model_fingerprint(model) if accelerator.is_main_process else ""
+    content["peft_config"] = digest(Path(config.peft_config))["sha256"] if config.peft_config else ""
     groups = parameter_groups(
         model,
         learning_rate=config.learning_rate,
@@ -269,7 +270,6 @@ def main(argv: list[str]) -> dict:
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
     )
-    content["peft_config"] = digest(Path(config.peft_config))["sha256"] if config.peft_config else ""
     model, optimizer = accelerator.prepare(model, optimizer)
     lengths = pair_lengths(train_pairs.dataset)
     layout, reason = resolve_layout(
