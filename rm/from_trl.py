@@ -8,7 +8,8 @@ FROM_TRL = {
     # the launcher's
     "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap": "the launcher's: `accelerate launch --config_file configs/accelerate/fsdp2.yaml train_rm.py …`",
     "deepspeed": "the launcher's: `accelerate launch --config_file configs/accelerate/deepspeed_zero3.yaml train_rm.py …`",
-    "ddp_backend local_rank": "the launcher's: `accelerate launch --config_file configs/accelerate/ddp.yaml train_rm.py …`, or `torchrun`",
+    "local_rank": "the launcher's: `accelerate launch --config_file configs/accelerate/ddp.yaml train_rm.py …`, or `torchrun`",
+    "ddp_backend": "`InitProcessGroupKwargs(backend=…)` among the `kwargs_handlers` of `make_accelerator` in `train_rm.py`; else NCCL on GPUs, gloo on CPUs",
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph": "a `DistributedDataParallelKwargs` among the `kwargs_handlers` of `make_accelerator` in `train_rm.py`; none is needed: every weight gets a gradient",
     "ddp_timeout": "`PATIENCE` in `train_rm.py`",
     "accelerator_config parallelism_config dispatch_batches split_batches": "`make_accelerator` in `train_rm.py`; the batches are dealt to the processes by `StepPlan`, not by Accelerate",
@@ -19,7 +20,7 @@ FROM_TRL = {
     # batches and data
     "per_gpu_train_batch_size": "its later name, `per_device_train_batch_size`; or `train_batch_size`",
     "per_device_eval_batch_size per_gpu_eval_batch_size eval_accumulation_steps": "`eval_micro_batch_tokens`; no result depends on it",
-    "group_by_length length_column_name train_sampling_strategy": "not needed: pairs are packed by length inside a step, which leaves the steps random",
+    "group_by_length length_column_name train_sampling_strategy": "not needed: pairs are packed by length inside a step, which leaves the steps random; another order is `indices` in `rm/batching.py`",
     "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory dataloader_persistent_workers dataloader_multiprocessing_context dataloader_in_order": "not needed: collating 8,192 tokens takes 3 ms; the tokens are memory-mapped",
     "dataloader_drop_last": "no pair is dropped: the last step of an epoch is smaller, and its mean is over its own pairs",
     "dataset_streaming": "not needed: Arrow files are memory-mapped, so the data need disk and no memory, while a stream has no random order over all pairs, no exact epochs and no exact resume; to train on a part give `max_train_samples`, or `dataset_train_split=train[:10%]`",
@@ -46,7 +47,7 @@ FROM_TRL = {
     "torch_empty_cache_steps": "a line in the loop of `train_rm.py`: `torch.accelerator.empty_cache()`",
     # evaluation
     "do_train do_eval do_predict": "`train_rm.py` trains and evaluates; `python -m rm.evaluate --model OUT` evaluates alone",
-    "eval_strategy evaluation_strategy": "`eval_steps`: 0 for no, a number for steps, a fraction of the run for epochs (0.5 with two of them)",
+    "eval_strategy evaluation_strategy": "`eval_steps`: 0 for the end alone, a number for steps, a fraction of the run for epochs (0.5 with two of them)",
     "eval_delay": "the line `if eval_steps and …` in `train_rm.py`",
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_inputs_for_metrics include_for_metrics use_legacy_prediction_loop": "not needed: an evaluation is one table, two rewards a pair, and `evaluation_metrics` in `rm/metrics.py` gets all of it",
     # logging
@@ -54,7 +55,7 @@ FROM_TRL = {
     "logging_dir": "`output_dir`: the trackers' files lie there",
     "log_level log_level_replica log_on_each_node": "`logging.getLogger().setLevel` in `train_rm.py`; the main process logs",
     "disable_tqdm": "the environment's: `TQDM_DISABLE=1`",
-    "include_tokens_per_second include_num_input_tokens_seen skip_memory_metrics": "always measured: `speed/tokens_per_second`, `speed/peak_memory_gb`",
+    "include_tokens_per_second include_num_input_tokens_seen skip_memory_metrics": "always measured: `speed/tokens_per_second`, `speed/peak_memory_gb`; a count of all tokens seen is not kept",
     "trackio_space_id trackio_bucket_id trackio_static_space_id": "that tracker's environment variables; `report_to=trackio`",
     # saving
     "save_strategy": "`save_steps`: 0 for no, a number for steps, a fraction for epochs; `metric_for_best_model` for best",
