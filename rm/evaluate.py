@@ -140,6 +140,7 @@ def main(argv: list[str]) -> dict[str, float]:
     model = accelerator.prepare_model(model, evaluation_mode=True)
     tokens = pairs.dataset.with_format("numpy")
     is_half = accelerator.mixed_precision != "no" or quantization is not None or bool(config.tf32)
+    is_half |= next(trained.parameters()).dtype != torch.float32
     layout, _ = resolve_layout(
         config.layout,
         model,
