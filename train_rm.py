@@ -467,7 +467,8 @@ def main(argv: list[str]) -> dict:
 
     # ------------------------------------------------------------------------------ training
     finder = BatchSizeFinder(accelerator, plan, meter, optimizer, enabled=config.auto_find_batch_size)
-    bar = tqdm(total=total_steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    hidden = {} if accelerator.is_main_process else {"disable": True}  # not False: that would undo TQDM_DISABLE
+    bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, **hidden)
     bar.update(step)
     model.train()
     if accelerator.num_processes > 1 and not finder.sync_after:
