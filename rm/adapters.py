@@ -167,7 +167,8 @@ def add_adapter(model: PreTrainedModel, config, revision: str = "main", origin: 
     config.modules_to_save = _without_heads([*(config.modules_to_save or []), *model.drawn_modules])
     present = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
     if unknown := [module for module in config.modules_to_save or () if module not in present]:
-        raise ModelError(f"lora_modules_to_save: {type(model).__name__} has no module '{unknown[0]}'")
+        key = "lora_modules_to_save" if origin == "lora_target_modules" else f"peft_config={origin}: modules_to_save"
+        raise ModelError(f"{key}: {type(model).__name__} has no module '{unknown[0]}'")
     wanted = getattr(config, "target_modules", None)
     wanted = sorted(wanted) if isinstance(wanted, set) else wanted
     try:
