@@ -107,7 +107,7 @@ def model_card(
         _usage(results, repo_id, is_adapter, formats),
         "## Data",
         "\n".join(_data_table(data, code)),
-        _data_notes(config),
+        _data_notes(),
         "## Training",
         "\n".join(_training(config, summary, code)),
         "## Evaluation",
@@ -198,8 +198,11 @@ def _data_table(data: dict, code) -> list[str]:
             if split[why]
         )
         cells = [code(name), code(split["source"]), split["format"], f"{split['total']:,}", dropped or "none"]
-        rows.append(_row([*cells, f"{split['kept']:,}", f"`{split['fingerprint'][:16]}`"]))
+        rows.append(_row([*cells, f"{split.get('drawn', split['kept']):,}", f"`{split['fingerprint'][:16]}`"]))
     for name, split in data.items():
+        if "weight" in split:
+            of = f"{split['drawn']:,} drawn of {split['kept']:,}"
+            rows += ["", f"{code(name)}: weight {split['weight']:g}, that is {of} pairs in an epoch."]
         for key, meaning in (
             ("truncated", "cut at the start of the prompt"),
             ("duplicate", "used though the same pair came before"),
@@ -211,9 +214,10 @@ def _data_table(data: dict, code) -> list[str]:
     return rows
 
 
-def _data_notes(config: dict) -> str:
+def _data_notes() -> str:
     labels = "What the labels mean, who gave them and under what licence the data is, this card does not know."
-    return f"A fingerprint is of the tokens and margins of the pairs used, in their order. {labels}"
+    fingerprint = "A fingerprint is of the tokens and margins of the pairs, in their order; of several data sets, before "
+    return f"{fingerprint}any are drawn by weight. {labels}"
 
 
 def _training(config: dict, summary: dict, code) -> list[str]:
