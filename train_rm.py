@@ -32,7 +32,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from rm.adapters import load_trainable
+from rm.adapters import adapter_settings, load_trainable
 from rm.attention import block_size
 from rm.audit import audit_table, data_report
 from rm.batching import StepPlan
@@ -613,6 +613,7 @@ def main(argv: list[str]) -> dict:
         results = {
             "summary": summary,
             "config": record,
+            "adapter": redact(adapter_settings(getattr(model, "module", model).classifier)),
             "layout": f"{layout} ({reason})",
             "data": report,
             **provenance(),

@@ -264,6 +264,14 @@ def merge_trained(
     return load_adapter(base, name, is_trainable=False).merge_and_unload()
 
 
+def adapter_settings(model: nn.Module) -> dict[str, Any] | None:
+    """The configuration of the adapter on a sequence classifier, as JSON takes it; None if there is none."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        return None
+    return json.loads(json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+
+
 def _without_heads(modules: list[str]) -> list[str] | None:
     return [module for module in dict.fromkeys(modules) if module not in HEADS] or None
 

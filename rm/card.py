@@ -74,7 +74,8 @@ def model_card(
     the header, a table or a code block that it stands in.
 
     Args:
-        results: what results.json holds (`summary`, `config`, `layout`, `data`, and `rm.provenance.provenance()`).
+        results: what results.json holds (`summary`, `config`, `adapter`, `layout`, `data`, and those of
+            `rm.provenance.provenance`).
         name: of the run.
         base_model, datasets: their names on the hub (`hub_name`), as far as they are there.
         license: the hub's name of a licence, such as apache-2.0; None: the card says that none was given.
@@ -109,7 +110,7 @@ def model_card(
         "\n".join(_data_table(data, code)),
         _data_notes(),
         "## Training",
-        "\n".join(_training(config, summary, code)),
+        "\n".join(_training(config, summary, results["adapter"], code)),
         "## Evaluation",
         "\n".join(_metrics(summary, code)),
         "Intervals are Wilson's at 95% and take the pairs as independent. The evaluation is on the pairs named above "
@@ -200,7 +201,7 @@ def _data_table(data: dict, code) -> list[str]:
         cells = [code(name), code(split["source"]), split["format"], f"{split['total']:,}", dropped or "none"]
         rows.append(_row([*cells, f"{split.get('drawn', split['kept']):,}", f"`{split['fingerprint'][:16]}`"]))
     for name, split in data.items():
-        if "weight" in split:
+        if split.get("weight", 1) != 1:
             of = f"{split['drawn']:,} drawn of {split['kept']:,}"
             rows += ["", f"{code(name)}: weight {split['weight']:g}, that is {of} pairs in an epoch."]
         for key, meaning in (
@@ -216,20 +217,23 @@ def _data_table(data: dict, code) -> list[str]:
 
 def _data_notes() -> str:
     labels = "What the labels mean, who gave them and under what licence the data is, this card does not know."
-    fingerprint = "A fingerprint is of the tokens and margins of the pairs, in their order; of several data sets, before "
-    return f"{fingerprint}any are drawn by weight. {labels}"
+    what = "A fingerprint is of the tokens and margins of the pairs, in their order; of several data sets, before any "
+    return f"{what}are drawn by weight. {labels}"
 
 
-def _training(config: dict, summary: dict, code) -> list[str]:
+def _training(config: dict, summary: dict, adapter: dict | None, code) -> list[str]:
     margin = "score_chosen − score_rejected" if config["margin_from_scores"] else "that of the data, if it has any"
     centering, smoothing = config["center_rewards_coefficient"], config["label_smoothing_factor"]
     weights = "all weights"
     if config["use_peft"]:
-        targets = config["lora_target_modules"]
-        weights = f"LoRA and the head (r {config['lora_r']}, alpha {config['lora_alpha']}, dropout "
-        weights += f"{config['lora_dropout']}, layers {code(targets) if targets else 'of PEFT’s choice'})"
-        if config["peft_config"]:
-            weights = f"the adapter of {code(config['peft_config'])} and the head"
+        layers = adapter.get("target_modules") or "none"
+        layers = layers if isinstance(layers, str) else ", ".join(layers)
+        weights = f"the adapter ({adapter['peft_type']}, layers {code(layers)}) and the head"
+        if adapter["peft_type"] == "LORA":
+            weights = f"LoRA and the head (r {adapter['r']}, alpha {adapter['lora_alpha']}, dropout "
+            weights += f"{adapter['lora_dropout']}, layers {code(layers)})"
+        bits = 4 * config["load_in_4bit"] + 8 * config["load_in_8bit"]
+        weights += f", over a base quantised to {bits} bits" if bits else ""
         weights += ", merged into the weights" if config["merge_adapter"] else ""
     limit = f"max_steps {config['max_steps']}" if config["max_steps"] > 0 else f"epochs: {config['num_train_epochs']:g}"
     best = []
@@ -240,7 +244,7 @@ def _training(config: dict, summary: dict, code) -> list[str]:
         *best,
         f"- steps: {summary['train/steps']:,} of {config['train_batch_size']:,} pairs ({limit}), seed {config['seed']}",
         f"- learning rate: {config['learning_rate']:g} at most, schedule {code(config['lr_scheduler_type'])}, warm-up "
-        f"{warmup}; optimizer {code(config.get('optim') or 'AdamW')}, weight decay {config['weight_decay']:g}, "
+        f"{warmup}; optimizer {code(config['optim'])}, weight decay {config['weight_decay']:g}, "
         f"gradient norm clipped to {config['max_grad_norm'] or 'nothing'}",
         f"- trained: {weights}",
         f"- loss: Bradley-Terry, −log sigmoid(r_chosen − r_rejected − margin); margin: {margin}; centering: "

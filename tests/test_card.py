@@ -81,6 +81,7 @@ def results() -> dict:
     return {
         "summary": summary,
         "config": dataclasses.asdict(config) | {"train_batch_size": 64, "mixed_precision": "no"},
+        "adapter": {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q"]},
         "layout": "concatenated (it was asked for)",
         "data": {"train": split, "test": split | {"source": "org/pairs, split test", "in_train": 3}},
         "command": ["/home/ann/code/train_rm.py", "--dataset_name=org/pairs"],
@@ -126,7 +127,7 @@ EVIL = "x\n---\n\n# owned <script>alert(1) `|` ```\n```python\nimport os\n``` | 
 def test_names_cannot_break_out(results):
     """A data set, a subset, a run, a template variable that are called what would end the place they stand in."""
     data = {name: split | {"source": EVIL} for name, split in results["data"].items()}
-    config = results["config"] | {"dataset_name": EVIL, "model_name_or_path": EVIL, "lora_target_modules": [EVIL]}
+    config = results["config"] | {"dataset_name": EVIL, "model_name_or_path": EVIL}
     config |= {"chat_template_kwargs": {EVIL: EVIL}, "lr_scheduler_type": EVIL}
     data["train"]["format"] = "conversation_explicit_prompt"
     summary = results["summary"] | {f"eval/{EVIL}/accuracy": 0.5, f"eval/{EVIL}/pairs": 1}
@@ -135,6 +136,7 @@ def test_names_cannot_break_out(results):
         "config": config,
         "summary": summary,
         "command": ["train_rm.py", EVIL],
+        "adapter": results["adapter"] | {"target_modules": [EVIL]},
         "layout": EVIL,
     }
     evil["machine"] = results["machine"] | {"gpus": [EVIL]}
@@ -158,13 +160,14 @@ def test_no_path_and_no_secret_gets_into_the_card(results):
     config = results["config"] | {"model_name_or_path": f"{home}/base", "dataset_name": "../ann/pairs.jsonl"}
     config |= {
         "output_dir": f"{home}/out",
-        "lora_target_modules": "/home/ann/layers",
         "chat_template_kwargs": {"k": token},
     }
     command = ["/opt/x/train_rm.py", f"--output_dir={home}/out", "--config", "/home/ann/c.yaml", "--chat_template_path"]
     command += ["~/ann/template", 'chat_template_kwargs={"a": "/home/ann/b"}', f"--dataset_config={token}"]
     data = {"test": results["data"]["test"] | {"source": "../ann/pairs.jsonl"}}
-    card = model_card(results | {"config": config, "command": command, "data": data}, name="x")
+    adapter = results["adapter"] | {"target_modules": "/home/ann/layers"}
+    more = {"config": config, "command": command, "data": data, "adapter": adapter}
+    card = model_card(results | more, name="x")
     assert "ann" not in card and "secret" not in card and token not in card
     assert "`base`" in card and "`pairs.jsonl`" in card and "--output_dir=out --config c.yaml" in card
 
