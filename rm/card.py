@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from rm.quantization import quantization_config
 from rm.redact import redact
 
 PATH_OPTIONS = (
@@ -151,6 +152,18 @@ def _usage(results: dict, repo_id: str | None, is_adapter: bool, formats: set[st
     head = "import torch\n"
     if is_adapter:
         options = f"num_labels=1, dtype={config['dtype']!r}{remote}"
+        if config["load_in_4bit"] or config["load_in_8bit"]:  # rewards are those of the quantised base
+            quantization = quantization_config(
+                load_in_4bit=config["load_in_4bit"],
+                load_in_8bit=config["load_in_8bit"],
+                dtype=config["dtype"],
+                quant_type=config["bnb_4bit_quant_type"],
+                nested=config["use_bnb_nested_quant"],
+                quant_storage=config["bnb_4bit_quant_storage"],
+            )
+            head += "from transformers import BitsAndBytesConfig\n"
+            arguments = [f"{k}={v!r}" for k, v in quantization.to_diff_dict().items() if not k.startswith("_")]
+            options += f", quantization_config=BitsAndBytesConfig({', '.join(arguments)})"
         head += "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n"
         load = f"model = AutoPeftModelForSequenceClassification.from_pretrained(folder, {options}).eval()\n"
         load += "model.config.pad_token_id = tokenizer.pad_token_id\n"

@@ -116,6 +116,16 @@ def test_what_the_card_says(results):
     assert "secret change" not in card and "/home/ann" not in card
 
 
+def test_after_a_quantised_run_the_base_is_loaded_so(results, monkeypatch):
+    monkeypatch.setattr("rm.quantization.importlib.util.find_spec", lambda name: True)
+    config = results["config"] | {"load_in_4bit": True, "dtype": "bfloat16"}
+    card = model_card(results | {"config": config}, name="x")
+    assert "quantization_config=BitsAndBytesConfig(" in block(card) and "import BitsAndBytesConfig" in block(card)
+    assert "bnb_4bit_quant_type='nf4'" in block(card) and "bnb_4bit_compute_dtype='bfloat16'" in block(card)
+    assert "over a base quantised to 4 bits" in card
+    compile(block(card), "card", "exec")
+
+
 def test_a_metric_that_is_not_finite(results):
     card = model_card(results | {"summary": results["summary"] | {"eval/accuracy": "NaN"}}, name="x")
     assert "**NaN**" in card and ModelCard(card).data.eval_results is None
