@@ -252,7 +252,8 @@ def _training(config: dict, summary: dict, adapter: dict | None, code) -> list[s
     best = []
     if config["load_best_model_at_end"] and "train/best_step" in summary:
         best = [f"- weights: of the best evaluation, after step {summary['train/best_step']:,}"]
-    warmup = config["warmup_steps"] or f"{config['warmup_ratio']:g} of the steps"
+    warmup = config["warmup_steps"] or config["warmup_ratio"]
+    warmup = f"{warmup:g} of the steps" if warmup < 1 else f"{warmup:g} steps"
     return [
         *best,
         f"- steps: {summary['train/steps']:,} of {config['train_batch_size']:,} pairs ({limit}), seed {config['seed']}",

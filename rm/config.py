@@ -126,7 +126,7 @@ class RewardConfig:
     lr_scheduler_type: Schedule = option("linear", "a schedule of transformers.get_scheduler, such as cosine; reduce_lr_on_plateau and greedy go by evaluations")
     lr_scheduler_kwargs: dict[str, Any] | None = option(None, "what that schedule takes besides, as a dict")
     warmup_ratio: float = option(0.0, "fraction of all steps with a rising learning rate; 0: off")
-    warmup_steps: int = option(0, "steps with a rising learning rate; 0: use warmup_ratio")
+    warmup_steps: int | float = option(0, "steps with a rising learning rate; below 1: fraction of all steps; 0: use warmup_ratio")
     optim: Optimizer = option("adamw_torch_fused", "optimizer, by transformers' name")
     optim_args: dict[str, Any] | None = option(None, "what the optimizer takes besides, as a dict or as name=value,name=value")
     weight_decay: float = option(0.0, "decay of weight matrices (never of biases and norms); 0: off")
@@ -201,7 +201,7 @@ class RewardConfig:
             need(getattr(c, key) is None or getattr(c, key) > 0, key, "must be greater than 0, or none to turn it off")
         for key in "warmup_steps weight_decay max_grad_norm max_nonfinite_steps eval_steps save_steps seed".split():
             need(getattr(c, key) >= 0, key, "must be 0 or greater")
-        for key in ("logging_steps", "eval_steps", "save_steps"):
+        for key in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
             every = getattr(c, key)
             need(every < 1 or every == int(every), key, "must be a number of steps, or a fraction of all steps below 1")
         need(c.early_stopping_threshold >= 0, "early_stopping_threshold", "must be 0 or greater")

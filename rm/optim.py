@@ -85,7 +85,7 @@ def make_scheduler(
     *,
     total_steps: int,
     warmup_ratio: float = 0.0,
-    warmup_steps: int = 0,
+    warmup_steps: float = 0,
     kwargs: dict[str, Any] | None = None,
     greater_is_better: bool = False,
     steps_done: int = 0,
@@ -95,6 +95,7 @@ def make_scheduler(
     process.
 
     Args:
+        warmup_steps: below 1 it is a ratio, as in transformers.
         kwargs: what that schedule takes besides.
         greater_is_better: for the schedules in `FOLLOW_A_METRIC`, whether more of the metric is better.
         state: for these, their `state_dict` after those steps; the others are functions of the step.
@@ -106,7 +107,8 @@ def make_scheduler(
         kwargs = {"mode": "max" if greater_is_better else "min"} | kwargs
     elif name in ("constant", "constant_with_warmup") and kwargs:  # transformers drops them in silence
         raise ConfigError(f"lr_scheduler_kwargs={kwargs}: lr_scheduler_type={name} takes none")
-    warmup = warmup_steps or math.ceil(warmup_ratio * total_steps)
+    fraction = warmup_steps if 0 < warmup_steps < 1 else warmup_ratio
+    warmup = int(warmup_steps) or math.ceil(fraction * total_steps)
     try:
         scheduler = get_scheduler(name, optimizer, warmup, total_steps, kwargs)
         with warnings.catch_warnings(action="ignore"):  # "scheduler.step() before optimizer.step()"

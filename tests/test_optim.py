@@ -112,6 +112,8 @@ def test_schedules_are_functions_of_the_step(name):
             ours.optimizer.step()
             ours.step()
     ratio = make_scheduler(name, optimizer(), warmup_ratio=warmup / 12, total_steps=12, kwargs=kwargs)
+    fraction = make_scheduler(name, optimizer(), warmup_steps=warmup / 12, total_steps=12, kwargs=kwargs)
+    assert fraction.get_last_lr() == ratio.get_last_lr()
     assert ratio.get_last_lr() == expected[0]
 
 
