@@ -33,8 +33,7 @@ def _coerce(key: str, value: Any, where: str) -> Any:
     ):  # name=value,name=value, as for optim_args in TRL
         pairs = [pair.partition("=") for pair in value.split(",")]
         value = {name.strip(): _literal(text.strip()) for name, _, text in pairs}
-    accepts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    choices = [c for a in accepts if get_origin(a) is Literal for c in get_args(a)]
+    accepts, choices = _alternatives(hint), _choices(hint)
     if value is False and "no" in choices:  # YAML reads a bare `no` as false
         value = "no"
     if hint == list[str] and (value is None or value in ("", "none")):
@@ -56,6 +55,15 @@ def _coerce(key: str, value: Any, where: str) -> Any:
         wanted = ", ".join(map(str, choices)) if choices else str(getattr(hint, "__name__", hint))
         raise ConfigError(f"{where}: {key}={redact(value, key)!r} does not fit; expected {wanted}") from None
     return value
+
+
+def _alternatives(hint: Any) -> tuple:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values that a `Literal` type, or one among others, allows."""
+    return [choice for a in _alternatives(hint) if get_origin(a) is Literal for choice in get_args(a)]
 
 
 def _literal(text: str) -> Any:
@@ -181,10 +189,13 @@ def help_text() -> str:
         "",
         "Train a reward model. Precedence: default < --config files < command line. Without arguments: the quickstart.",
     ]
+    hints = get_type_hints(RewardConfig)
     for f in dataclasses.fields(RewardConfig):
         if f.metadata["section"]:
             lines += ["", f.metadata["section"]]
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         shown = "none" if default is None or default == [] else yaml.safe_dump(default).split("\n")[0]
-        lines.append(f"  --{f.name}={shown}  {f.metadata['help']}")
+        choices = _choices(hints[f.name])
+        values = f" [{', '.join(choices)}]" if choices else ""
+        lines.append(f"  --{f.name}={shown}  {f.metadata['help']}{values}")
     return "\n".join(lines)
