@@ -94,7 +94,7 @@ class RewardConfig:
     load_in_8bit: bool = option(False, "quantise the base to 8 bits under the adapter (the same)")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "data type of 4-bit weights")
     use_bnb_nested_quant: bool = option(False, "quantise the scales of 4-bit weights too")
-    bnb_4bit_quant_storage: str | None = option(None, "torch type that 4-bit weights are stored as, such as bfloat16 for FSDP; none: uint8")
+    bnb_4bit_quant_storage: str | None = option(None, "torch type that 4-bit weights are stored as, such as bfloat16; none: uint8")
 
     dataset_name: str | list[str] = option("toy", "hub name, .json/.jsonl/.parquet/.csv file (also .gz), save_to_disk folder, or toy (embedded); several as a list", "Data")
     dataset_weights: list[float] | None = option(None, "passes over each data set in an epoch: 1 is every pair once, 0.5 a random half, 2 every pair twice; none: 1 for each")
@@ -213,6 +213,8 @@ class RewardConfig:
         need(c.max_steps == -1 or c.max_steps > 0, "max_steps", "must be greater than 0, or -1 to use num_train_epochs")
         need(not (c.warmup_steps and c.warmup_ratio), "warmup_ratio", "warmup_steps is given too; give one of them")
         need(not (c.dtype == "float16" and c.mixed_precision == "fp16"), "dtype", "fp16 autocast needs float32 weights")
+        is_path = str(c.resume_from_checkpoint).lower() not in ("true", "false")
+        need(is_path, "resume_from_checkpoint", "write latest (TRL's true), a checkpoint folder, or none")
         resumes_unnamed = c.resume_from_checkpoint and not (c.output_dir or c.run_name)
         need(not resumes_unnamed, "resume_from_checkpoint", "name the run to go on with: output_dir or run_name")
         no_warmup = c.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")
@@ -228,7 +230,9 @@ class RewardConfig:
         need(c.save_total_limit is None or saves, "save_total_limit", "does nothing while save_steps is 0")
         if c.metric_for_best_model is not None:
             need(
-                c.metric_for_best_model.startswith("eval/"), "metric_for_best_model", "must be one of the eval/ metrics"
+                c.metric_for_best_model.startswith("eval/"),
+                "metric_for_best_model",
+                "must be one of the eval/ metrics, such as eval/loss",
             )
             given = (c.early_stopping_patience is not None, c.load_best_model_at_end, True)
             names = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model")
