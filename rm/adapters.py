@@ -141,7 +141,9 @@ def read_peft_config(file: str):
     for ours in ("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"):
         values.pop(ours, None)
     names = [field.name for field in dataclasses.fields(config_class) if field.init]
-    for key in values:
+    for key, value in values.items():
+        if isinstance(value, str) and re.fullmatch(r"[\d.]+e-?\d+", value):
+            raise ModelError(f"{where}: {key}={value} is text in YAML; write it with a point, as 1.0e-5")
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             raise ModelError(

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -31,7 +32,7 @@ def _coerce(key: str, value: Any, where: str) -> Any:
     if (
         isinstance(value, str) and "dict[" in str(hint) and "=" in value
     ):  # name=value,name=value, as for optim_args in TRL
-        pairs = [pair.partition("=") for pair in value.split(",")]
+        pairs = [pair.partition("=") for pair in re.split(r",(?![^(\[]*[)\]])", value)]
         value = {name.strip(): _literal(text.strip()) for name, _, text in pairs}
     accepts, choices = _alternatives(hint), _choices(hint)
     if value is False and "no" in choices:  # YAML reads a bare `no` as false

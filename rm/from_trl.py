@@ -23,7 +23,9 @@ FROM_TRL = {
     "group_by_length length_column_name train_sampling_strategy": "not needed: pairs are packed by length inside a step, which leaves the steps random; another order is `indices` in `rm/batching.py`",
     "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory dataloader_persistent_workers dataloader_multiprocessing_context dataloader_in_order": "not needed: collating 8,192 tokens takes 3 ms; the tokens are memory-mapped",
     "dataloader_drop_last": "no pair is dropped: the last step of an epoch is smaller, and its mean is over its own pairs",
-    "dataset_streaming": "not needed: Arrow files are memory-mapped, so the data need disk and no memory, while a stream has no random order over all pairs, no exact epochs and no exact resume; to train on a part give `max_train_samples`, or `dataset_train_split=train[:10%]`",
+    "datasets": "`dataset_name`, a list, with `dataset_weights`",
+    "test_split_size": "`eval_fraction`",
+    "dataset_streaming streaming": "not needed: Arrow files are memory-mapped, so the data need disk and no memory, while a stream has no random order over all pairs, no exact epochs and no exact resume; to train on a part give `max_train_samples`, or `dataset_train_split=train[:10%]`",
     "data_seed": "`seed`: the order of the pairs is a function of it",
     "remove_unused_columns label_names past_index ignore_bias_buffers": "not needed: the columns of a pair are found by name",
     "pad_token": "chosen or added so that it is not EOS (`load_tokenizer` in `rm/pretrained.py`)",
@@ -47,7 +49,7 @@ FROM_TRL = {
     "torch_empty_cache_steps": "a line in the loop of `train_rm.py`: `torch.accelerator.empty_cache()`",
     # evaluation
     "do_train do_eval do_predict": "`train_rm.py` trains and evaluates; `python -m rm.evaluate --model OUT` evaluates alone",
-    "eval_strategy evaluation_strategy": "`eval_steps`: 0 for the end alone, a number for steps, a fraction of the run for epochs (0.5 with two of them)",
+    "eval_strategy evaluation_strategy": "`eval_steps`: 0 for the end alone, a number for steps, below 1 a fraction of the run (0.5 with two epochs: every epoch)",
     "eval_delay": "the line `if eval_steps and …` in `train_rm.py`",
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_inputs_for_metrics include_for_metrics use_legacy_prediction_loop": "not needed: an evaluation is one table, two rewards a pair, and `evaluation_metrics` in `rm/metrics.py` gets all of it",
     # logging
@@ -58,7 +60,7 @@ FROM_TRL = {
     "include_tokens_per_second include_num_input_tokens_seen skip_memory_metrics": "always measured: `speed/tokens_per_second`, `speed/peak_memory_gb`; a count of all tokens seen is not kept",
     "trackio_space_id trackio_bucket_id trackio_static_space_id": "that tracker's environment variables; `report_to=trackio`",
     # saving
-    "save_strategy": "`save_steps`: 0 for no, a number for steps, a fraction for epochs; `metric_for_best_model` for best",
+    "save_strategy": "`save_steps`: 0 for no, a number for steps, below 1 a fraction of the run; `metric_for_best_model` for best",
     "save_safetensors": "always: no pickle is written or read",
     "save_on_each_node": "the main process writes; `output_dir` must be one that every node sees when a run is resumed",
     "save_only_model": "the final model is saved alone; a checkpoint is always whole, so that it can be gone on from",

@@ -104,8 +104,8 @@ def load_pairs(
     """
 
     def read(named: dict, split: str, max_samples: int | None = None, only_split: bool = False) -> dict[str, Source]:
-        options = {"split": split, "max_samples": max_samples, "seed": seed, "accept_only_split": only_split}
-        return {name: load_raw(data, dataset_config=config, **options) for name, (data, config) in named.items()}
+        where = {"split": split, "max_samples": max_samples, "seed": seed, "accept_only_split": only_split}
+        return {name: load_raw(data, dataset_config=config, **where) for name, (data, config) in named.items()}
 
     named, train = name_sets("dataset_name", dataset_name, dataset_config), {}
     named_test = named

@@ -19,9 +19,8 @@ from transformers.optimization import Adafactor
 from rm.config import ConfigError
 from rm.model import find_head
 
-OPTIMIZERS: dict[
-    str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]
-] = {  # with what transformers gives it
+# name -> (class, arguments that transformers gives it)
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw_torch_fused": (torch.optim.AdamW, {"fused": True}),
     "adamw_torch": (torch.optim.AdamW, {}),
     "adafactor": (Adafactor, {"scale_parameter": False, "relative_step": False}),

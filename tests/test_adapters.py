@@ -242,6 +242,7 @@ def test_what_pefts_own_file_says(peft_file, pretrained, tmp_path):
             dict(peft_type="PREFIX_TUNING", num_virtual_tokens=2),
             "peft_type PREFIX_TUNING adds tokens or calls",
         ),
+        (dict(peft_type="lora", lora_dropout="1e-2"), "lora_dropout=1e-2 is text in YAML; write it with a point"),
         (dict(peft_type="ADALORA", total_step=9), "peft_type ADALORA adds tokens or calls"),
     ],
 )

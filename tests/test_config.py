@@ -42,6 +42,14 @@ def test_forms_of_the_command_line(argv):
     assert config.lora_target_modules == ["q_proj", "v_proj"]
 
 
+def test_a_dict_may_be_given_as_pairs():
+    for text in ("momentum=0.9,nesterov=true,x=1e-5", '{"momentum": 0.9, "nesterov": true, "x": 1e-5}'):
+        config = parse_config([f"--optim_args={text}", "--optim=sgd", "--dataset_name=toy", "--model_name_or_path=m"])
+        assert config.optim_args == {"momentum": 0.9, "nesterov": True, "x": 1e-5}
+    config = parse_config(["optim_args=betas=(0.8,0.9),amsgrad=true", "dataset_name=toy", "model_name_or_path=m"])
+    assert config.optim_args == {"betas": (0.8, 0.9), "amsgrad": True}
+
+
 def test_forms_of_several_data_sets(write):
     text = "dataset_name: [a.jsonl, org/b]\ndataset_weights: [1, 5e-1]\ndataset_config: [null, main]\n"
     text += "eval_dataset_name: {x: a.jsonl, y: org/b}\neval_dataset_config: [null, main]\nmodel_name_or_path: m\n"

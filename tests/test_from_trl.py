@@ -43,7 +43,8 @@ eos_token pad_to_multiple_of activation_offloading pad_token disable_dropout cha
 model_name_or_path model_revision dtype torch_dtype attn_implementation trust_remote_code use_peft lora_r lora_alpha
 lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora
 load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage
-dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming ignore_bias_buffers""".split()
+dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
+datasets streaming test_split_size ignore_bias_buffers""".split()
 LAUNCHERS = "fsdp fsdp_config deepspeed local_rank use_cpu no_cuda".split()
 
 
