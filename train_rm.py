@@ -68,7 +68,14 @@ from rm.pretrained import load_tokenizer
 from rm.provenance import model_fingerprint, provenance
 from rm.quantization import quantization_config
 from rm.redact import redact, redact_arguments, safe_line
-from rm.run_dir import RunDirError, claim_output_dir, find_start, open_output_dir, refuse_other_content
+from rm.run_dir import (
+    RunDirError,
+    claim_output_dir,
+    find_start,
+    open_output_dir,
+    refuse_other_content,
+    refuse_own_origin,
+)
 from rm.tracking import RunLog, finite, prepare_trackers
 from rm.visualize_samples import visualize_samples
 
@@ -178,6 +185,7 @@ def main(argv: list[str]) -> dict:
         may_hold_run=bool(config.overwrite_output_dir or config.resume_from_checkpoint),
     )
     output_dir, run_name = on_main_process(accelerator, open_dir)  # collective: clocks differ
+    refuse_own_origin(output_dir, config.model_name_or_path)
     record = redact(config.resolved(accelerator.num_processes, accelerator.mixed_precision))
     record = json.loads(json.dumps(record, default=str))  # as it will be read back
     find = partial(find_start, config.resume_from_checkpoint, output_dir, record, changed_options)

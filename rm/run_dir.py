@@ -57,6 +57,21 @@ def open_output_dir(
     return folder, run_name
 
 
+def refuse_own_origin(output_dir: Path, model: str) -> None:
+    """Raise `RunDirError` if to save the run would remove the model that it begins with, or its base."""
+    origins = [model]
+    if (adapter := Path(model) / "adapter_config.json").is_file():
+        try:
+            origins.append(str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")))
+        except (ValueError, AttributeError):
+            pass  # the loader names what is wrong with it
+    replaced = [folder.resolve() for folder in (output_dir, output_dir / "adapter")]
+    for origin in origins:
+        if Path(origin).is_dir() and Path(origin).resolve() in replaced:
+            fix = "which the run begins with; choose another"
+            raise RunDirError(f"output_dir={output_dir} would replace '{origin}', {fix}")
+
+
 def find_start(
     resume_from_checkpoint: str | None,
     output_dir: Path,

@@ -261,3 +261,16 @@ def test_a_method_that_does_not_fit_the_model(fails, pretrained, peft_file):
     assert "cannot be read" in fails(*again, "--peft_config=none.yaml")
     assert "peft_config is given too" in fails(*again, "--peft_config=x.yaml", "--lora_r=4")
     assert "does nothing while use_peft is false" in fails("--peft_config=x.yaml")
+
+
+def test_a_run_does_not_replace_the_model_it_begins_with(train, fails, pretrained, tmp_path):
+    """Saving removes what lies in the folder, and an adapter would have lost its base."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(pretrained, base)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    some = ["--use_peft", "--max_steps=1", "--max_train_samples=16", "--max_eval_samples=4"]
+    train("adapter", f"--model_name_or_path={base}", *some)
+    for model, folder in ((base, base), (adapter, adapter), (adapter, base)):
+        message = fails(*some, f"--model_name_or_path={model}", f"--output_dir={folder}", "--overwrite_output_dir")
+        assert f"output_dir={folder} would replace '{folder}', which the run begins with; choose another" in message
+    assert before == {path.name: path.read_bytes() for path in base.iterdir()}
