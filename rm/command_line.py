@@ -120,7 +120,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def _split_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """`--k=v`, `--k v`, `k=v`, bare `--flag`, `--list a b` → (YAML files, typed options)."""
     files, values, where = [], {}, "command line"
     hints = get_type_hints(RewardConfig)
@@ -163,7 +163,7 @@ def parse_config(argv: list[str]) -> RewardConfig:
     if {"-h", "--help"} & set(argv):
         print(help_text())
         raise SystemExit(0)
-    files, values = _split_arguments(argv)
+    files, values = split_arguments(argv)
     if not files and not {"model_name_or_path", "dataset_name"} & set(values):
         files = [str(QUICKSTART)]
     merged: dict[str, Any] = {}

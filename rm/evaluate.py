@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers.utils import is_torch_tf32_available
 
 from rm.adapters import load_trained
 from rm.attention import block_size
 from rm.batching import PairLengths, plan_micro_batches
 from rm.collate import COLUMNS, collate
-from rm.command_line import parse_config
+from rm.command_line import parse_config, read_yaml, split_arguments
 from rm.config import ConfigError
 from rm.data import arrays_of
 from rm.forward import LayoutError, concatenated_forward, resolve_layout
@@ -30,7 +31,7 @@ from rm.metrics import evaluation_metrics
 from rm.mixture import PairSets, load_pairs
 from rm.model import ModelError, RewardModel, check_positions, use_cpu_kernel
 from rm.precision import cast_weights, set_tf32
-from rm.pretrained import load_tokenizer
+from rm.pretrained import check_folder, find_adapter, load_tokenizer
 from rm.quantization import quantization_config
 from rm.redact import safe_line
 
@@ -111,12 +112,16 @@ def main(argv: list[str]) -> dict[str, float]:
         raise ConfigError("command line: --model FOLDER is needed: the output folder of a run, or a hub name")
     name = given[model_at].partition("=")[2] or argv[model_at + 1]
     rest = argv[:model_at] + argv[model_at + (1 if "=" in given[model_at] else 2) :]
-    own_data = not any(token.split("=")[0] in ("dataset_name", "eval_dataset_name") for token in given)
+    check_folder(name)
+    files, values = split_arguments(rest)
+    chosen = set(values).union(*map(read_yaml, files))
     recorded = Path(name) / "config.yaml"
     base = ["--config", str(recorded)] if recorded.is_file() else []
-    if not own_data:
+    if chosen & {"dataset_name", "eval_dataset_name"}:
         others = "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights max_eval_samples"
-        base += [f"{name}=none" for name in others.split()]
+        base += [f"{option}=none" for option in others.split() if option not in chosen]
+    if not is_torch_tf32_available():  # which the run may have had
+        base += ["tf32=none"]
     config = parse_config([*base, f"model_name_or_path={name}", *rest])
 
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
@@ -124,9 +129,10 @@ def main(argv: list[str]) -> dict[str, float]:
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     with accelerator.main_process_first():
         _, pairs = load_pairs(tokenizer, **config.data_options(), only_evaluation=True)
+    is_adapter = find_adapter(name) is not None  # what was merged is not quantised any more
     quantization = quantization_config(
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
+        load_in_4bit=config.load_in_4bit and is_adapter,
+        load_in_8bit=config.load_in_8bit and is_adapter,
         dtype=config.dtype,
         quant_type=config.bnb_4bit_quant_type,
         nested=config.use_bnb_nested_quant,

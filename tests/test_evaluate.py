@@ -1,5 +1,6 @@
 """Exact evaluation: rewards independent of layout and batches; the command gives the metrics of the training run."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -90,3 +91,34 @@ def test_the_held_out_part_of_several(train, tmp_path):
     metrics = evaluate.main([f"--model={folder}"])
     assert metrics == pytest.approx({name: v for name, v in summary.items() if name.startswith("eval/")}, abs=1e-5)
     assert metrics["eval/plain/pairs"] == metrics["eval/talk/pairs"] == 10
+
+
+def test_the_users_data_however_they_are_named(train, tmp_path):
+    options = mixture(tmp_path)
+    _, folder = train("out", "--max_steps=1", options[-1])
+    (tmp_path / "other.yaml").write_text(f"dataset_name: {tmp_path / 'talk.jsonl'}\neval_fraction: 0.5\n")
+    for form, pairs in (("--dataset-name={}", 40), ("--dataset_name {}", 40), ("--config=other.yaml", 20)):
+        reset_accelerate()
+        metrics = evaluate.main([f"--model={folder}", *form.format(tmp_path / "talk.jsonl").split()])
+        assert metrics["eval/pairs"] == pairs and "eval/plain/pairs" not in metrics, form
+
+
+def test_what_the_training_machine_had_and_this_one_has_not(trained, monkeypatch):
+    """A run with tf32, and one whose 4-bit base was merged, on a CPU without bitsandbytes."""
+    summary, folder = trained
+    record = folder / "config.yaml"
+    before = record.read_text()
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, find=importlib.util.find_spec: find(name) if name != "bitsandbytes" else None,
+    )
+    changed = before.replace("tf32: null", "tf32: true").replace("use_peft: false", "use_peft: true")
+    record.write_text(changed.replace("load_in_4bit: false", "load_in_4bit: true"))
+    reset_accelerate()
+    assert evaluate.main([f"--model={folder}"])["eval/loss"] == pytest.approx(summary["eval/loss"], abs=1e-5)
+    record.write_text(before)
+
+
+def test_no_such_model(tmp_path):
+    with pytest.raises(ModelError, match="there is no such folder"):
+        evaluate.main([f"--model={tmp_path / 'nothing'}"])
