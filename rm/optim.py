@@ -72,10 +72,15 @@ def make_optimizer(
         if name not in known or name in ("lr", "weight_decay"):
             rest = ", ".join(other for other in known if other not in ("lr", "weight_decay"))
             raise ConfigError(f"optim_args: {optim} takes no {name!r} here; it takes {rest}")
+    options = options | (optim_args or {})
     try:
-        return make(groups, lr=learning_rate, **(options | (optim_args or {})))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optim_args={optim_args} does not suit {optim}: {error}") from None
+        trial = nn.Parameter(torch.zeros(2, 2))  # most classes look at their arguments in the first step only
+        trial.grad = torch.ones_like(trial)
+        make([trial], lr=learning_rate, **options).step()
+        return make(groups, lr=learning_rate, **options)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        cause = f"{error}".splitlines()[0]
+        raise ConfigError(f"optim_args={optim_args} does not suit {optim}: {cause}") from None
 
 
 def make_scheduler(
@@ -113,7 +118,12 @@ def make_scheduler(
         with warnings.catch_warnings(action="ignore"):  # "scheduler.step() before optimizer.step()"
             for _ in range(0 if name in FOLLOW_A_METRIC else steps_done):
                 scheduler.step()
-    except (TypeError, ValueError) as error:
+            if name in FOLLOW_A_METRIC:  # which look at their arguments at the first evaluation
+                rates = [{"params": [torch.zeros(1)], "lr": group["lr"]} for group in optimizer.param_groups]
+                trial = get_scheduler(name, torch.optim.SGD(rates), warmup, total_steps, kwargs)
+                for value in (0.0, math.nan):  # better, and not
+                    trial.step(value)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"lr_scheduler_kwargs={kwargs or None}: {error}") from None
     if name in FOLLOW_A_METRIC and state is not None:
         scheduler.load_state_dict(state)

@@ -196,3 +196,29 @@ def test_options_that_cannot_act(fails, options, message):
 def test_signature_of_every_optimizer_starts_with_the_weights():
     """`make_optimizer` takes the first parameter for them."""
     assert {list(inspect.signature(make).parameters)[0] for make, _ in OPTIMIZERS.values()} == {"params"}
+
+
+@pytest.mark.parametrize(
+    "optim, args",
+    [
+        ("adamw_torch", {"betas": [0.9]}),
+        ("adamw_torch_fused", {"amsgrad": "x"}),
+        ("adafactor", {"eps": 1e-30}),
+        ("adafactor", {"beta1": "x"}),
+        ("sgd", {"differentiable": True}),
+    ],
+)
+def test_an_argument_that_fails_in_the_first_step_only(optim, args):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]
+    with pytest.raises(ConfigError, match=f"does not suit {optim}: ") as error:
+        make_optimizer(groups, optim=optim, optim_args=args)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, kwargs", [("reduce_lr_on_plateau", {"patience": "x"}), ("inverse_sqrt", {"timescale": 0})]
+)
+def test_an_argument_that_fails_at_the_first_evaluation_only(name, kwargs):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    with pytest.raises(ConfigError, match="lr_scheduler_kwargs="):
+        make_scheduler(name, optimizer, total_steps=10, kwargs=kwargs)
