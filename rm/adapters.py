@@ -171,6 +171,15 @@ def add_adapter(model: PreTrainedModel, config, revision: str = "main", origin: 
     if unknown := [module for module in config.modules_to_save or () if module not in present]:
         key = "lora_modules_to_save" if origin == "lora_target_modules" else f"peft_config={origin}: modules_to_save"
         raise ModelError(f"{key}: {type(model).__name__} has no module '{unknown[0]}'")
+    for option, names in (  # PEFT leaves out what it does not find
+        ("target_modules", [name for name, _ in model.named_modules()]),
+        ("target_parameters", [name for name, _ in model.named_parameters()]),
+    ):
+        asked = getattr(config, option, None) or ()
+        for target in () if isinstance(asked, str) else sorted(asked):
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                key = f"lora_{option}" if origin == "lora_target_modules" else f"peft_config={origin}: {option}"
+                raise ModelError(f"{key}={sorted(asked)}: {type(model).__name__} has no '{target}'")
     wanted = getattr(config, "target_modules", None)
     wanted = sorted(wanted) if isinstance(wanted, set) else wanted
     try:

@@ -274,3 +274,11 @@ def test_a_run_does_not_replace_the_model_it_begins_with(train, fails, pretraine
         message = fails(*some, f"--model_name_or_path={model}", f"--output_dir={folder}", "--overwrite_output_dir")
         assert f"output_dir={folder} would replace '{folder}', which the run begins with; choose another" in message
     assert before == {path.name: path.read_bytes() for path in base.iterdir()}
+
+
+@pytest.mark.parametrize("option", ["lora_target_modules", "lora_target_parameters"])
+def test_a_target_that_the_model_has_not(fails, pretrained, option):
+    """PEFT adapts the others and says nothing, or not in our log."""
+    known = "q_proj" if option == "lora_target_modules" else "q_proj.weight"
+    message = fails("--use_peft", f"--model_name_or_path={pretrained}", f"--{option}={[known, 'nope']}")
+    assert message == f"{option}={sorted([known, 'nope'])}: LlamaForSequenceClassification has no 'nope'"
