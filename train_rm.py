@@ -126,6 +126,10 @@ def refuse_what_cannot_act(config: RewardConfig, accelerator: Accelerator) -> No
     for name in ("load_in_4bit", "load_in_8bit", "eval_dtype"):
         if shards and (value := getattr(config, name)):
             raise ConfigError(f"{name}={value}: cannot act under {engine.value}; use DDP or one process")
+    autocast = {"bfloat16": "bf16", "float16": "fp16"}.get(config.eval_dtype)
+    if autocast and accelerator.mixed_precision not in ("no", autocast):
+        mixed = f"mixed_precision={accelerator.mixed_precision}"
+        raise ConfigError(f"eval_dtype={config.eval_dtype}: does not go with {mixed}; use the same type, or none")
     if config.auto_find_batch_size and not can_repeat_steps(engine):
         raise ConfigError(f"auto_find_batch_size=True: cannot act under {engine.value}; set micro_batch_tokens instead")
     if engine == DistributedType.DEEPSPEED and not config.optim.startswith("adamw"):

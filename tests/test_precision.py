@@ -313,3 +313,9 @@ def test_fp16_finds_its_scale_and_resumes_with_it(zygote, tmp_path):
     again = [*options, "--resume_from_checkpoint=run/checkpoints/step-6"]
     zygote.run(1, again, tmp_path, fault=fault)
     assert_same_bits(tmp_path / "before", tmp_path / "run", also_kept=False)
+
+
+def test_two_half_precisions_do_not_go_together(fails):
+    """torch has no norms of a bfloat16 input and float16 weights; the first evaluation would end the run."""
+    message = fails("--eval_dtype=float16", "--mixed_precision=bf16", "--eval_steps=1")
+    assert message == "eval_dtype=float16: does not go with mixed_precision=bf16; use the same type, or none"
