@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -365,9 +366,8 @@ def main(argv: list[str]) -> dict:
     )
     follows_metric = config.lr_scheduler_type in FOLLOW_A_METRIC
     report = data_report(train_pairs, eval_pairs)
-    on_main_process(
-        accelerator, partial(claim_output_dir, output_dir, config.to_yaml(), report, resume_from, best.step)
-    )
+    config_yaml = replace(config, mixed_precision=accelerator.mixed_precision).to_yaml()  # perhaps the launcher's
+    on_main_process(accelerator, partial(claim_output_dir, output_dir, config_yaml, report, resume_from, best.step))
     run_log = RunLog(
         accelerator,
         output_dir,

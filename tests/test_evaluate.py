@@ -122,3 +122,12 @@ def test_what_the_training_machine_had_and_this_one_has_not(trained, monkeypatch
 def test_no_such_model(tmp_path):
     with pytest.raises(ModelError, match="there is no such folder"):
         evaluate.main([f"--model={tmp_path / 'nothing'}"])
+
+
+def test_the_launchers_precision_is_in_the_record(train, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    summary, folder = train("out", "--max_steps=2")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    reset_accelerate()
+    metrics = evaluate.main([f"--model={folder}"])
+    assert metrics == pytest.approx({name: summary[name] for name in metrics}, abs=1e-9)
