@@ -634,7 +634,7 @@ def main(argv: list[str]) -> dict:
         card = model_card(
             results,
             name=run_name,
-            base_model=hub_name(config.model_name_or_path),
+            base_model=hub_name((results["adapter"] or {}).get("base_model_name_or_path") or config.model_name_or_path),
             datasets=list(dict.fromkeys(datasets)),
             license=config.license,
             repo_id=hub and hub.repo_id,

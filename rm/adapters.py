@@ -76,8 +76,7 @@ def load_trainable(
         raise ModelError(f"peft_config={peft_config}: '{name}' is an adapter with its own configuration; leave it out")
     for option in given:
         own = adapter.get(LORA[option])
-        same = set(own) == set(lora[option]) if isinstance(own, list) else own == lora[option]
-        if not same:
+        if _as_names(own) != _as_names(lora[option]):
             had = f"has {LORA[option]}={own}" if LORA[option] in adapter else f"is {adapter.get('peft_type')}"
             raise ModelError(f"{option}={lora[option]}: the adapter '{name}' {had}, and keeps it; leave the option out")
     model = load_classifier(base, tokenizer, revision=adapter.get("revision") or "main", **loading)
@@ -93,6 +92,12 @@ def load_trainable(
     merged = adapted.merge_and_unload()
     merged.requires_grad_(True)
     return merged
+
+
+def _as_names(value: Any) -> Any:
+    """One name or several as a set, without the heads that PEFT adds; other values as they are."""
+    names = [value] if isinstance(value, str) else value
+    return set(names) - set(HEADS) if isinstance(names, list) else names
 
 
 # ---------------------------------------------------------------------------------------------- a new one

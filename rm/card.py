@@ -83,7 +83,9 @@ def model_card(
         repo_id: where on the hub the model goes.
     """
     config, summary, data = results["config"], results["summary"], _sets(results["data"])
-    names = [name for key in PATH_OPTIONS for name in names_in(config.get(key))]
+    adapter = results["adapter"] or {}
+    origin = adapter.get("base_model_name_or_path") or config["model_name_or_path"]  # what an adapter is over
+    names = [origin, *(name for key in PATH_OPTIONS for name in names_in(config.get(key)))]
     local = {name: Path(name).name for name in names if name != base_model and name not in datasets}
     is_adapter = config["use_peft"] and not config["merge_adapter"]
 
@@ -94,9 +96,10 @@ def model_card(
         return f"`{plain(value).replace('`', chr(39)) or ' '}`"
 
     formats = {split["format"] for split in data.values()}
-    base = f"a local folder called {code(config['model_name_or_path'])}; what it is, this card does not know"
+    base = f"a local folder called {code(origin)}; what it is, this card does not know"
     if base_model:
-        base = f"[{base_model}](https://huggingface.co/{base_model}), revision {code(config['model_revision'])}"
+        revision = adapter.get("revision") or ("main" if adapter else config["model_revision"])
+        base = f"[{base_model}](https://huggingface.co/{base_model}), revision {code(revision)}"
     sections = [
         f"# {_escape(plain(name))}",
         "A reward model: it gives an answer to a prompt a number, the higher the better by the preferences that it was "
@@ -111,7 +114,7 @@ def model_card(
         "\n".join(_data_table(data, code)),
         _data_notes(),
         "## Training",
-        "\n".join(_training(config, summary, results["adapter"], code)),
+        "\n".join(_training(config, summary, adapter, origin, code)),
         "## Evaluation",
         "\n".join(_metrics(summary, code)),
         "Intervals are Wilson's at 95% and take the pairs as independent. The evaluation is on the pairs named above "
@@ -234,17 +237,20 @@ def _data_notes() -> str:
     return f"{what}are drawn by weight. {labels}"
 
 
-def _training(config: dict, summary: dict, adapter: dict | None, code) -> list[str]:
+def _training(config: dict, summary: dict, adapter: dict, origin: str, code) -> list[str]:
     margin = "score_chosen − score_rejected" if config["margin_from_scores"] else "that of the data, if it has any"
     centering, smoothing = config["center_rewards_coefficient"], config["label_smoothing_factor"]
     weights = "all weights"
     if config["use_peft"]:
-        layers = adapter.get("target_modules") or "none"
-        layers = layers if isinstance(layers, str) else ", ".join(layers)
+        layers = ", ".join(sorted(names_in(config["lora_target_modules"] or adapter.get("target_modules")))) or "none"
         weights = f"the adapter ({adapter['peft_type']}, layers {code(layers)}) and the head"
         if adapter["peft_type"] == "LORA":
             weights = f"LoRA and the head (r {adapter['r']}, alpha {adapter['lora_alpha']}, dropout "
-            weights += f"{adapter['lora_dropout']}, layers {code(layers)})"
+            kinds = {"use_rslora": "rank-stabilised", "use_dora": "DoRA"}
+            kinds = [name for key, name in kinds.items() if adapter.get(key)]
+            weights += ", ".join([f"{adapter['lora_dropout']}", *kinds, f"layers {code(layers)})"])
+        if origin != config["model_name_or_path"]:
+            weights += f", going on from the adapter {code(config['model_name_or_path'])}"
         bits = 4 * config["load_in_4bit"] + 8 * config["load_in_8bit"]
         weights += f", over a base quantised to {bits} bits" if bits else ""
         weights += ", merged into the weights" if config["merge_adapter"] else ""
@@ -252,13 +258,15 @@ def _training(config: dict, summary: dict, adapter: dict | None, code) -> list[s
     best = []
     if config["load_best_model_at_end"] and "train/best_step" in summary:
         best = [f"- weights: of the best evaluation, after step {summary['train/best_step']:,}"]
+    head_rate = f" (head: {config['head_learning_rate']:g})" if config["head_learning_rate"] else ""
     warmup = config["warmup_steps"] or config["warmup_ratio"]
     warmup = f"{warmup:g} of the steps" if warmup < 1 else f"{warmup:g} steps"
     return [
         *best,
         f"- steps: {summary['train/steps']:,} of {config['train_batch_size']:,} pairs ({limit}), seed {config['seed']}",
-        f"- learning rate: {config['learning_rate']:g} at most, schedule {code(config['lr_scheduler_type'])}, warm-up "
-        f"{warmup}; optimizer {code(config['optim'])}, weight decay {config['weight_decay']:g}, "
+        f"- learning rate: {config['learning_rate']:g} at most{head_rate}, schedule "
+        f"{code(config['lr_scheduler_type'])}, warm-up {warmup}; "
+        f"optimizer {code(config['optim'])}, weight decay {config['weight_decay']:g}, "
         f"gradient norm clipped to {config['max_grad_norm'] or 'nothing'}",
         f"- trained: {weights}",
         f"- loss: Bradley-Terry, −log sigmoid(r_chosen − r_rejected − margin); margin: {margin}; centering: "

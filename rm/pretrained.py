@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import pickle
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -168,6 +170,10 @@ def load_classifier(
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it")
+        taken = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}
+        if unknown := sorted(set(gradient_checkpointing_kwargs or ()) - taken):
+            fix = f"there are {', '.join(sorted(taken))}"
+            raise ModelError(f"gradient_checkpointing_kwargs: torch takes no '{unknown[0]}'; {fix}")
         model.activation_checkpointing_enable({"use_reentrant": False} | (gradient_checkpointing_kwargs or {}))
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()  # or a layer of frozen weights gets no gradient

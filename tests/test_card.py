@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -124,6 +125,24 @@ def test_after_a_quantised_run_the_base_is_loaded_so(results, monkeypatch):
     assert "bnb_4bit_quant_type='nf4'" in block(card) and "bnb_4bit_compute_dtype='bfloat16'" in block(card)
     assert "over a base quantised to 4 bits" in card
     compile(block(card), "card", "exec")
+
+
+def test_the_card_of_an_adapter_that_is_trained_further(train, pretrained, tmp_path):
+    """It tells that adapter's settings and base, not the options' defaults."""
+    options = ["--use_peft", "--max_steps=1", "--head_learning_rate=0.5"]
+    lora = ["--lora_r=3", "--lora_alpha=7", "--use_dora", "--lora_target_modules=q_proj"]
+    (tmp_path / "ia3.yaml").write_text("peft_type: IA3")
+    for name, first, said in (
+        ("lora", lora, "LoRA and the head (r 3, alpha 7, dropout 0.05, DoRA, layers `q_proj`)"),
+        ("ia3", ["--peft_config=ia3.yaml"], "the adapter (IA3, layers `down_proj, k_proj, v_proj`) and the head"),
+    ):  # fmt: skip
+        train(name, f"--model_name_or_path={pretrained}", *options, *first)
+        _, folder = train(f"{name}-2", f"--model_name_or_path={tmp_path / name}", *options)
+        card = (folder / "README.md").read_text()
+        assert f"- trained: {said}, going on from the adapter `{name}`\n" in card
+        assert f"- base model: a local folder called `{Path(pretrained).name}`" in card
+        assert "- learning rate: 0.0001 at most (head: 0.5), schedule" in card
+        assert said in (tmp_path / name / "README.md").read_text()
 
 
 def test_a_metric_that_is_not_finite(results):

@@ -209,6 +209,10 @@ def test_what_checkpointing_is_told(tiny_model_folder, monkeypatch, fails):
         "gradient_checkpointing_kwargs={'use_reentrant': True}: does nothing while gradient_checkpointing is false"
     )
     assert message in fails("--gradient_checkpointing_kwargs={'use_reentrant': True}")
+    message = "gradient_checkpointing_kwargs: torch takes no 'foo'; there are context_fn, debug"
+    assert message in fails(
+        "--gradient_checkpointing", "--gradient_checkpointing_kwargs=foo=1", "--overwrite_output_dir"
+    )
 
 
 def test_reentrant_checkpointing_under_lora(train, pretrained):
