@@ -147,7 +147,8 @@ def test_adapters_of_others(fails, train, pretrained, tmp_path):
     with torch.no_grad():
         adapted.base_model.model.score.weight.fill_(0.25)
     adapted.save_pretrained(tmp_path / "theirs")
-    _, folder = train("more", f"--model_name_or_path={tmp_path / 'theirs'}", "--use_peft")
+    own = ["--lora_r=2", "--lora_target_modules=q_proj"]  # which may be said again
+    _, folder = train("more", f"--model_name_or_path={tmp_path / 'theirs'}", "--use_peft", *own)
     head = next(v for k, v in load_file(folder / "adapter_model.safetensors").items() if "score" in k)
     torch.testing.assert_close(head, torch.full_like(head, 0.25), atol=1e-3, rtol=0)
 
