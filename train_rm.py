@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -645,6 +646,7 @@ def main(argv: list[str]) -> dict:
     run_log.close()
     is_main_process = accelerator.is_main_process
     accelerator.end_training()
+    stop.restore()  # all is saved
     if is_main_process:
         summary = hub.push_run(output_dir, summary) if hub else summary
         print(json.dumps(summary), flush=True)
@@ -662,6 +664,7 @@ def run() -> int:
     """`main` with its errors as exit codes: 2 wrong configuration or data, 3 non-finite numbers, 143 stopped by
     SIGTERM after a checkpoint, 1 anything else."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it by its old name
     transformers.logging.set_verbosity_error()  # its reports say of a new head what we log in one line
     transformers.logging.disable_progress_bar()
     argv = sys.argv[1:]

@@ -31,6 +31,7 @@ class StopSignal:
 
     def __init__(self):
         self.first: float | None = None
+        self.before: dict[int, Any] = {}  # the handlers that others had set
         is_launched = BY_ACCELERATE in os.environ or BY_TORCHRUN in os.environ
         self.launcher = os.getppid() if is_launched else None
 
@@ -38,7 +39,12 @@ class StopSignal:
         for name in STOP_SIGNALS:
             number = getattr(signal, name, None)  # Windows has fewer
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
-                signal.signal(number, self._receive)
+                self.before[number] = signal.signal(number, self._receive)
+
+    def restore(self) -> None:
+        """Let signals act as they did before `listen`."""
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
 
     @property
     def received(self) -> bool:

@@ -276,7 +276,7 @@ class TrackerThread:
                 self._failed(what, error, done)
 
     def _failed(self, what: str, error: BaseException, done: Future) -> None:
-        if what not in self.warned:
+        if what not in self.warned and not self.given_up:  # of which a warning has told already
             self.warned.add(what)
             logger.warning(f"{self.name}: {what} failed ({first_line(error)}); training goes on")
         done.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))  # not to end the run

@@ -10,7 +10,7 @@ import pytest
 from runs import ROOT, SMALL, assert_same_bits, lines, record, wait_until, weights
 
 from rm import launch
-from rm.launch import StopSignal, is_orphan, processes_asked_for
+from rm.launch import STOP_SIGNALS, StopSignal, is_orphan, processes_asked_for
 
 ENDLESS = ["dataset_name=toy", *SMALL, "--max_steps=100000", "--logging_steps=4", "--output_dir=out"]
 LATEST = "--resume_from_checkpoint=latest"
@@ -223,3 +223,11 @@ def test_processes_asked_for(monkeypatch, command, number):
     assert processes_asked_for() == number
     monkeypatch.setenv("WORLD_SIZE", "5")
     assert processes_asked_for() == 5
+
+
+def test_a_run_in_a_process_of_ones_own_leaves_its_signals_alone(train):
+    """In a notebook Ctrl-C acts again when the run is over."""
+    numbers = [getattr(signal, name) for name in STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in numbers]
+    train("run")
+    assert [signal.getsignal(number) for number in numbers] == before

@@ -611,3 +611,21 @@ def test_mlflow(tmp_path, monkeypatch):
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 0.25)]
     assert not list(tmp_path.glob("ml*"))
+
+
+def test_what_was_given_up_says_nothing_later(caplog):
+    """Its failure would come after the last line of the run, which tells what to do."""
+    started, go_on = threading.Event(), threading.Event()
+
+    def fail():
+        started.set()
+        go_on.wait(10)
+        raise RuntimeError("late")
+
+    thread = tracking.TrackerThread("some")
+    done = thread.call("log", fail)
+    assert started.wait(10)
+    thread.given_up = True
+    go_on.set()
+    assert isinstance(done.exception(timeout=10), RuntimeError)
+    assert not caplog.records
