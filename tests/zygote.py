@@ -6,6 +6,7 @@ Every run is a process of its own, with its id, exit status, files, signals and 
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -121,6 +122,7 @@ def child(task: dict, run) -> None:
 
 
 def main(script: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background starts without
     run = __import__(script).run
     for line in sys.stdin:
         task, answer = json.loads(line), None
