@@ -68,7 +68,7 @@ from rm.optim import FOLLOW_A_METRIC, make_optimizer, make_scheduler, parameter_
 from rm.precision import cast_weights, set_tf32
 from rm.pretrained import load_tokenizer
 from rm.provenance import model_fingerprint, provenance
-from rm.quantization import quantization_config
+from rm.quantization import QUANTIZATION_OPTIONS, quantization_config
 from rm.redact import redact, redact_arguments, safe_line
 from rm.run_dir import (
     RunDirError,
@@ -229,14 +229,7 @@ def main(argv: list[str]) -> dict:
         Console().print(audit_table(train_pairs, eval_pairs))
 
     # ------------------------------------------------------------------------------ model
-    quantization = quantization_config(
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
-        dtype=config.dtype,
-        quant_type=config.bnb_4bit_quant_type,
-        nested=config.use_bnb_nested_quant,
-        quant_storage=config.bnb_4bit_quant_storage,
-    )
+    quantization = quantization_config(**{name: getattr(config, name) for name in QUANTIZATION_OPTIONS})
     classifier = load_trainable(
         config.model_name_or_path,
         tokenizer,

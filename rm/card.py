@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from rm.quantization import quantization_config
+from rm.quantization import QUANTIZATION_OPTIONS, quantization_config
 from rm.redact import redact
 
 PATH_OPTIONS = (
@@ -156,14 +156,7 @@ def _usage(results: dict, repo_id: str | None, is_adapter: bool, formats: set[st
     if is_adapter:
         options = f"num_labels=1, dtype={config['dtype']!r}{remote}"
         if config["load_in_4bit"] or config["load_in_8bit"]:  # rewards are those of the quantised base
-            quantization = quantization_config(
-                load_in_4bit=config["load_in_4bit"],
-                load_in_8bit=config["load_in_8bit"],
-                dtype=config["dtype"],
-                quant_type=config["bnb_4bit_quant_type"],
-                nested=config["use_bnb_nested_quant"],
-                quant_storage=config["bnb_4bit_quant_storage"],
-            )
+            quantization = quantization_config(**{name: config[name] for name in QUANTIZATION_OPTIONS})
             head += "from transformers import BitsAndBytesConfig\n"
             arguments = [f"{k}={v!r}" for k, v in quantization.to_diff_dict().items() if not k.startswith("_")]
             options += f", quantization_config=BitsAndBytesConfig({', '.join(arguments)})"

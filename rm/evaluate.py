@@ -32,7 +32,7 @@ from rm.mixture import PairSets, load_pairs
 from rm.model import ModelError, RewardModel, check_positions, use_cpu_kernel
 from rm.precision import cast_weights, set_tf32
 from rm.pretrained import check_folder, find_adapter, load_tokenizer
-from rm.quantization import quantization_config
+from rm.quantization import QUANTIZATION_OPTIONS, quantization_config
 from rm.redact import safe_line
 
 
@@ -130,14 +130,8 @@ def main(argv: list[str]) -> dict[str, float]:
     with accelerator.main_process_first():
         _, pairs = load_pairs(tokenizer, **config.data_options(), only_evaluation=True)
     is_adapter = find_adapter(name) is not None  # what was merged is not quantised any more
-    quantization = quantization_config(
-        load_in_4bit=config.load_in_4bit and is_adapter,
-        load_in_8bit=config.load_in_8bit and is_adapter,
-        dtype=config.dtype,
-        quant_type=config.bnb_4bit_quant_type,
-        nested=config.use_bnb_nested_quant,
-        quant_storage=config.bnb_4bit_quant_storage,
-    )
+    options = {name: getattr(config, name) for name in QUANTIZATION_OPTIONS}
+    quantization = quantization_config(**options) if is_adapter else None
     options = dict(trust_remote_code=config.trust_remote_code, quantization_config=quantization)
     trained = load_trained(name, tokenizer, dtype=config.dtype, **options)
     model = RewardModel(trained)

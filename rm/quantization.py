@@ -10,6 +10,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rm.model import ModelError
 
+QUANTIZATION_OPTIONS = (  # of the program, and of `quantization_config`
+    "load_in_4bit load_in_8bit dtype bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage".split()
+)
 NOT_QUANTISED = ["score", "classifier", "classification_head", "pooler"]  # heads, and what may be drawn with them
 
 
@@ -18,9 +21,9 @@ def quantization_config(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     dtype: str = "float32",
-    quant_type: str = "nf4",
-    nested: bool = False,
-    quant_storage: str | None = None,
+    bnb_4bit_quant_type: str = "nf4",
+    use_bnb_nested_quant: bool = False,
+    bnb_4bit_quant_storage: str | None = None,
 ) -> BitsAndBytesConfig | None:
     """transformers' `BitsAndBytesConfig`, as TRL's `get_quantization_config` makes it; None for neither 4 nor 8 bits.
 
@@ -41,9 +44,9 @@ def quantization_config(
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_compute_dtype="float32" if dtype == "auto" else dtype,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=nested,
-        bnb_4bit_quant_storage=quant_storage,
+        bnb_4bit_quant_type=bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=use_bnb_nested_quant,
+        bnb_4bit_quant_storage=bnb_4bit_quant_storage,
         llm_int8_skip_modules=NOT_QUANTISED,
     )
 

@@ -64,7 +64,7 @@ def test_without_the_package(monkeypatch):
 
 def test_the_config_is_trls(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    options = {"quant_type": "fp4", "nested": True, "quant_storage": "bfloat16"}
+    options = {"bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True, "bnb_4bit_quant_storage": "bfloat16"}
     config = quantization_config(load_in_4bit=True, dtype="bfloat16", **options).to_dict()
     assert config["load_in_4bit"] and config["bnb_4bit_quant_type"] == "fp4" and config["bnb_4bit_use_double_quant"]
     assert config["bnb_4bit_compute_dtype"] == config["bnb_4bit_quant_storage"] == "bfloat16"
