@@ -39,6 +39,7 @@ from rm.attention import block_size
 from rm.audit import audit_table, data_report
 from rm.batching import StepPlan
 from rm.best import BestEvaluation
+from rm.breakdown import breakdowns
 from rm.card import hub_name, model_card, names_in
 from rm.checkpoint import (
     CheckpointError,
@@ -52,16 +53,16 @@ from rm.checkpoint import (
 from rm.collate import COLUMNS, collate
 from rm.command_line import parse_config
 from rm.config import LORA_OPTIONS, ConfigError, RewardConfig, changed_options
-from rm.evaluate import evaluate_rewards, pair_lengths, pairs_metrics
+from rm.evaluate import evaluate_rewards, mistake_records, pair_lengths, pairs_metrics
 from rm.export import ExportError, save_model, verify_export
-from rm.files import GO_ON, DiskError, write_text
+from rm.files import GO_ON, DiskError, finite, write_text
 from rm.forward import LayoutError, concatenated_forward, resolve_layout, without_autocast
 from rm.hub import Hub, HubError, open_repo
 from rm.launch import StopSignal, is_orphan, on_main_process, processes_asked_for
 from rm.load import DataError
 from rm.loss import pairwise_loss
 from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb, settle_buckets
-from rm.metrics import Meter
+from rm.metrics import Meter, evaluation_intervals
 from rm.mixture import load_pairs, name_sets
 from rm.model import ModelError, RewardModel, check_positions, compile_layers, use_liger_kernels
 from rm.optim import FOLLOW_A_METRIC, make_optimizer, make_scheduler, parameter_groups
@@ -78,8 +79,9 @@ from rm.run_dir import (
     refuse_other_content,
     refuse_own_origin,
 )
-from rm.tracking import RunLog, finite, prepare_trackers
-from rm.visualize_samples import visualize_samples
+from rm.table import pair_table, read_table, with_rewards, write_table
+from rm.tracking import RunLog, prepare_trackers
+from rm.visualize_samples import visualize_samples, write_records
 
 logger = logging.getLogger("train_rm")
 
@@ -87,6 +89,7 @@ logger = logging.getLogger("train_rm")
 PATIENCE = timedelta(hours=2)  # of a process for the main one, while that tokenizes or writes a checkpoint
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 WRONG_INPUT = (ConfigError, DataError, ModelError, RunDirError, LayoutError, HubError)
+NUM_MISTAKES = 20  # pairs in mistakes.jsonl
 SCALER_STEPS = 20  # steps in a row that fp16's loss scaler may skip while it looks for its scale
 
 
@@ -292,14 +295,13 @@ def main(argv: list[str]) -> dict:
         layout, reason = "concatenated", "another process could not"
     logger.info(f"layout: {layout} ({reason})")
 
-    margins = np.asarray(eval_pairs.dataset["margin"][:])
+    eval_table = pair_table(eval_pairs)
     to_metrics = partial(
         pairs_metrics,
-        pairs=eval_pairs,
         center_rewards_coefficient=config.center_rewards_coefficient,
         label_smoothing=config.label_smoothing_factor,
     )
-    known = to_metrics(np.zeros((len(margins), 2)))
+    known = to_metrics(eval_table)
     if config.metric_for_best_model not in (None, *known):
         near = difflib.get_close_matches(config.metric_for_best_model, known, n=20, cutoff=0)
         near = ", ".join(name for name in known if name in near)
@@ -388,8 +390,10 @@ def main(argv: list[str]) -> dict:
         """Score the held-out pairs, log the metrics, show the samples. Collective."""
         with cast_weights(model, config.eval_dtype):
             rewards = score(eval_pairs.dataset)
-        metrics = to_metrics(rewards)
+        table = with_rewards(eval_table, rewards)
+        metrics = to_metrics(table)
         if accelerator.is_main_process:
+            write_table(table, output_dir / "eval" / f"step-{step}.parquet")
             run_log.log(metrics, step)
             shown = eval_pairs.first_of_each(config.num_print_samples)
             with bar.external_write_mode():
@@ -402,7 +406,7 @@ def main(argv: list[str]) -> dict:
                     step=step,
                     output_dir=output_dir,
                     run_log=run_log,
-                    margins=margins[shown] if margins.any() else None,
+                    margins=table["data_margin"].to_numpy()[shown] if table["data_margin"].any() else None,
                     num_print_samples=len(shown),
                 )
         return metrics
@@ -577,9 +581,10 @@ def main(argv: list[str]) -> dict:
         stop_here(step)
     if evaluated["step"] != step:
         best.update(step, final)
+    evaluated_step = step
     if config.load_best_model_at_end and best.step not in (None, step):
         load_best()  # collective
-        final = best.metrics
+        final, evaluated_step = best.metrics, best.step
     with without_autocast(model):  # as transformers will serve it
         check = eval_pairs.dataset.select(range(min(8, len(eval_pairs.dataset))))
         check_rewards = score(check)  # collective
@@ -616,8 +621,13 @@ def main(argv: list[str]) -> dict:
             quantization_config=quantization,
         )
         summary |= {"speed/total_seconds": round(time.perf_counter() - started, 2), "output_dir": str(output_dir)}
+        table = read_table(output_dir / "eval" / f"step-{evaluated_step}.parquet")
+        intervals = to_metrics(table, measure=evaluation_intervals)
+        write_records(output_dir / "mistakes.jsonl", mistake_records(eval_pairs, table, NUM_MISTAKES, evaluated_step))
         results = {
             "summary": summary,
+            "intervals": finite(intervals),
+            "breakdowns": finite(breakdowns(table)),
             "config": record,
             "adapter": redact(adapter_settings(getattr(model, "module", model).classifier)),
             "layout": f"{layout} ({reason})",

@@ -117,7 +117,7 @@ def model_card(
         "\n".join(_training(config, summary, adapter, origin, code)),
         "## Evaluation",
         "\n".join(_metrics(summary, code)),
-        "Intervals are Wilson's at 95% and take the pairs as independent. The evaluation is on the pairs named above "
+        "Intervals are at 95%, by the bootstrap over prompts. The evaluation is on the pairs named above "
         "only; how the model does on other prompts, in other languages, or on answers made to please it is unknown.",
         "## Where it comes from",
         "\n".join(_provenance(results, code, plain)),

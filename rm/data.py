@@ -30,6 +30,7 @@ from typing import Any
 import datasets
 import numpy as np
 import transformers
+import xxhash
 from datasets import Dataset, Features, List, Value
 
 from rm.audit import DROPPED, KEPT, audit_counts, fingerprint
@@ -93,6 +94,22 @@ class Pairs:
         if self.format.startswith("conversation"):
             prompt, chosen, rejected = transcript(prompt), answer(chosen), answer(rejected)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+    def prompts(self) -> np.ndarray:
+        """A number for each pair's prompt, the same for equal ones, on every machine: int64 [n]. In the formats with an
+        implicit prompt that is what both sides share, so that two pairs may seem to have different ones."""
+        if self.format == "tokenized":
+            columns = self.dataset.select_columns(["input_ids_chosen", "prefix_length"]).with_format("numpy")
+            prompts = (row["input_ids_chosen"][: row["prefix_length"]].astype("<i4") for row in columns)
+            return np.array([xxhash.xxh64_intdigest(ids.tobytes()) for ids in prompts], np.uint64).view(np.int64)
+        raw = self.raw.select_columns([name for name in ("prompt", *SIDES) if name in self.raw.column_names])
+        shared = {"text_implicit_prompt": shared_text, "conversation_implicit_prompt": shared_messages}.get(self.format)
+        numbers = []
+        for row in raw.with_format(None).select(arrays_of(self.dataset, ("row",))["row"]):
+            prompt = row["chosen"][: shared(row["chosen"], row["rejected"])] if shared else row["prompt"]
+            text = prompt if isinstance(prompt, str) else json.dumps(without_none(prompt), ensure_ascii=False)
+            numbers.append(xxhash.xxh64_intdigest(text.encode("utf-8", "backslashreplace")))
+        return np.array(numbers, np.uint64).view(np.int64)
 
 
 def tokenize_pairs(

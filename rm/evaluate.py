@@ -2,6 +2,8 @@
 
 python -m rm.evaluate --model OUT                                   # the run's own evaluation set
 python -m rm.evaluate --model OUT --dataset_name pairs.jsonl        # another one; options as in train_rm.py
+python -m rm.evaluate --model OUT --compare OTHER_OUT               # and the difference to another model, pair by pair
+python -m rm.evaluate --model OUT --mistakes 20 --output FOLDER     # the worst pairs; table, metrics, intervals kept
 """
 
 from __future__ import annotations
@@ -9,31 +11,45 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from torch import nn
 from transformers.utils import is_torch_tf32_available
 
 from rm.adapters import load_trained
 from rm.attention import block_size
 from rm.batching import PairLengths, plan_micro_batches
+from rm.breakdown import breakdowns
 from rm.collate import COLUMNS, collate
 from rm.command_line import parse_config, read_yaml, split_arguments
-from rm.config import ConfigError
+from rm.compare import compare_tables
+from rm.config import ConfigError, RewardConfig
 from rm.data import arrays_of
+from rm.files import finite, write_text
 from rm.forward import LayoutError, concatenated_forward, resolve_layout
 from rm.load import DataError
-from rm.metrics import evaluation_metrics
+from rm.metrics import evaluation_intervals, evaluation_metrics
 from rm.mixture import PairSets, load_pairs
 from rm.model import ModelError, RewardModel, check_positions, use_cpu_kernel
 from rm.precision import cast_weights, set_tf32
 from rm.pretrained import check_folder, find_adapter, load_tokenizer
 from rm.quantization import QUANTIZATION_OPTIONS, quantization_config
 from rm.redact import safe_line
+from rm.show import breakdown_table, comparison_table, metrics_table
+from rm.table import pair_table, sets_of, without_missing, worst, write_table
+from rm.visualize_samples import reward_table, sample_records, write_records
+
+# what decides which pairs there are, whatever the tokenizer
+SAME_DATA = (
+    "dataset_name dataset_weights dataset_config dataset_train_split dataset_test_split eval_dataset_name "
+    "eval_dataset_config eval_fraction max_eval_samples seed"
+).split()
 
 
 def pair_lengths(dataset) -> PairLengths:
@@ -79,41 +95,26 @@ def evaluate_rewards(
     return table[:, :2].astype(np.float64)
 
 
-def pairs_metrics(
-    rewards: np.ndarray, pairs: PairSets, *, center_rewards_coefficient: float | None, label_smoothing: float
-) -> dict[str, float]:
-    """`rm.metrics.evaluation_metrics` of the table `rewards` [n, 2], with the columns that `pairs` has.
+def pairs_metrics(table: pd.DataFrame, measure: Callable = evaluation_metrics, **options) -> dict:
+    """`rm.metrics.evaluation_metrics` (or `measure`, say `evaluation_intervals`) of the table of an evaluation.
 
     With several sets: of all pairs together as `eval/...`, and of each set as `eval/<set>/...`. Subsets stand under
     their set alone, and what needs a `true_margin` only where every pair has one.
     """
-    measure = partial(
-        evaluation_metrics, center_rewards_coefficient=center_rewards_coefficient, label_smoothing=label_smoothing
-    )
-    columns = {
-        name: {c: part.dataset[c][:] for c in ("subset", "true_margin") if c in part.dataset.column_names}
-        for name, part in pairs.sets.items()
-    }
-    margin = np.asarray(pairs.dataset["margin"][:])
-    if not pairs.are_several:
-        return measure(rewards, margin=margin, **columns.popitem()[1])
-    known = [own.get("true_margin") for own in columns.values()]
-    metrics = measure(rewards, margin=margin, true_margin=None if None in known else np.concatenate(known))
-    for name, rows in pairs.rows().items():
-        metrics |= measure(rewards[rows], margin=margin[rows], **columns[name], prefix=f"eval/{name}")
+    sets = sets_of(table)
+    if len(sets) == 1:
+        return measure(without_missing(table), **options)
+    metrics = measure(without_missing(table).drop(columns="subset", errors="ignore"), **options)
+    for name, part in sets.items():
+        metrics |= measure(part, **options, prefix=f"eval/{name}")
     return metrics
 
 
-def main(argv: list[str]) -> dict[str, float]:
-    """Evaluate a saved reward model; prints the metrics as one JSON line, the same as at the end of training."""
-    given = [token.removeprefix("--") for token in argv]
-    model_at = next((i for i, token in enumerate(given) if token.split("=")[0] == "model"), None)
-    if model_at is None or (given[model_at] == "model" and model_at + 1 == len(argv)):
-        raise ConfigError("command line: --model FOLDER is needed: the output folder of a run, or a hub name")
-    name = given[model_at].partition("=")[2] or argv[model_at + 1]
-    rest = argv[:model_at] + argv[model_at + (1 if "=" in given[model_at] else 2) :]
+def saved_config(name: str, rest: Sequence[str], data: Sequence[str] = ()) -> RewardConfig:
+    """The configuration to evaluate the saved model `name` with: its run's own, then `data` and `rest`, options as on
+    the command line."""
     check_folder(name)
-    files, values = split_arguments(rest)
+    files, values = split_arguments([*data, *rest])
     chosen = set(values).union(*map(read_yaml, files))
     recorded = Path(name) / "config.yaml"
     base = ["--config", str(recorded)] if recorded.is_file() else []
@@ -122,10 +123,12 @@ def main(argv: list[str]) -> dict[str, float]:
         base += [f"{option}=none" for option in others.split() if option not in chosen]
     if not is_torch_tf32_available():  # which the run may have had
         base += ["tf32=none"]
-    config = parse_config([*base, f"model_name_or_path={name}", *rest])
+    return parse_config([*base, *data, f"model_name_or_path={name}", *rest])
 
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
-    set_tf32(config.tf32)
+
+def evaluate_saved(config: RewardConfig, accelerator: Accelerator) -> tuple[PairSets, pd.DataFrame]:
+    """(evaluation pairs, their table) of the saved model that `config` names. Collective."""
+    name = config.model_name_or_path
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     with accelerator.main_process_first():
         _, pairs = load_pairs(tokenizer, **config.data_options(), only_evaluation=True)
@@ -159,14 +162,88 @@ def main(argv: list[str]) -> dict[str, float]:
             micro_batch_tokens=config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
-    metrics = pairs_metrics(
-        rewards,
-        pairs,
-        center_rewards_coefficient=config.center_rewards_coefficient,
-        label_smoothing=config.label_smoothing_factor,
+    return pairs, pair_table(pairs, rewards)
+
+
+def mistake_records(pairs: PairSets, table: pd.DataFrame, count: int, step: int | None = None) -> list[dict]:
+    """The `count` pairs whose rejected answer is furthest ahead, the worst first, as in `visualize_samples`."""
+    rows = worst(table, count)
+    return sample_records(
+        [pairs.texts(int(i)) for i in rows],
+        table["reward_chosen"].to_numpy()[rows],
+        table["reward_rejected"].to_numpy()[rows],
+        ids=pairs.ids(rows),
+        sets=[pairs.set_of(int(i)) for i in rows] if pairs.are_several else None,
+        step=step,
+        margins=table["data_margin"].to_numpy()[rows] if table["data_margin"].any() else None,
     )
+
+
+def take_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The options `names`, which are this program's own, as --name=value, --name value or name=value; and the rest."""
+    own, rest, words = {}, [], iter(argv)
+    for word in words:
+        name, has_value, value = word.removeprefix("--").partition("=")
+        if name not in names or not (has_value or word.startswith("--")):
+            rest.append(word)
+            continue
+        own[name] = value if has_value else next(words, "")
+        if own[name] == "" or own[name].startswith("--"):
+            raise ConfigError(f"command line: --{name} needs a value")
+    return own, rest
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Evaluate a saved reward model; prints tables, and then the metrics as one line of JSON."""
+    own, rest = take_options(argv, ("model", "compare", "mistakes", "output"))
+    if "model" not in own:
+        raise ConfigError("command line: --model FOLDER is needed: the output folder of a run, or a hub name")
+    num_mistakes = own.get("mistakes", "0")
+    if not num_mistakes.isdecimal():
+        raise ConfigError(f"command line: --mistakes={num_mistakes}: must be a number of pairs")
+    config = saved_config(own["model"], rest)
+    output = Path(own["output"]) if "output" in own else None
+    if output is not None and output.exists() and not output.is_dir():
+        raise ConfigError(f"command line: --output={output}: is a file; give a folder")
+    if "compare" in own:
+        same = {name: value for name, value in config.data_options().items() if name in SAME_DATA}
+        same = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in same.items()]
+        other_config = saved_config(own["compare"], rest, same)
+
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+    set_tf32(config.tf32)
+    pairs, table = evaluate_saved(config, accelerator)
+    options = dict(
+        center_rewards_coefficient=config.center_rewards_coefficient, label_smoothing=config.label_smoothing_factor
+    )
+    metrics = pairs_metrics(table, **options)
+    intervals = pairs_metrics(table, evaluation_intervals, **options)
+    comparison = None
+    if "compare" in own:
+        _, other = evaluate_saved(other_config, accelerator)
+        try:
+            comparison, more = compare_tables(table, other, **options)
+        except ValueError as error:
+            raise DataError(f"--compare={own['compare']}: {error}") from None
+        metrics, intervals = metrics | comparison, intervals | more
     if accelerator.is_main_process:
-        print(json.dumps(metrics), flush=True)
+        console, parts = Console(), breakdowns(table)
+        console.print(metrics_table(metrics, intervals, "eval", f"Evaluation of {own['model']}"))
+        for name, rows in parts.items():
+            if name != "by_set" or pairs.are_several:
+                console.print(breakdown_table(name, rows))
+        if comparison is not None:
+            console.print(comparison_table(metrics, intervals, (own["model"], own["compare"])))
+        mistakes = mistake_records(pairs, table, int(num_mistakes))
+        if mistakes:
+            console.print(reward_table(mistakes, console, f"The {len(mistakes)} worst mistakes, the worst first"))
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            write_table(table, output / "table.parquet")
+            record = {"metrics": metrics, "intervals": intervals, "breakdowns": parts}
+            write_text(output / "metrics.json", json.dumps(finite(record), indent=2))
+            write_records(output / "mistakes.jsonl", mistakes)
+        print(json.dumps(finite(metrics)), flush=True)
     accelerator.end_training()
     return metrics
 

@@ -1,11 +1,13 @@
-"""Files that are whole after a crash."""
+"""Files that are whole after a crash, and what they can hold."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 GO_ON = "mend that and go on with --resume_from_checkpoint=latest"
 
@@ -50,3 +52,17 @@ def fsync_folder(folder: Path) -> None:
         if path.is_file():
             fsync(path)
     fsync(folder)
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it, with "NaN", "Infinity" and "-Infinity" for such numbers, also in dicts and lists.
+
+    `float()` and pandas read these names back.
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

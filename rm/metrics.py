@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,23 @@ import torch
 from torch import Tensor
 
 from rm.loss import pairwise_loss
+from rm.statistics import (
+    accuracy,
+    accuracy_interval,
+    calibration_error,
+    correlation,
+    mean,
+    percentiles,
+    quantiles,
+    ranks,
+    resamples,
+    share_between,
+    sigmoid,
+    standard_deviation,
+    temperature,
+)
+
+QUANTILES = {"margin_q05": 0.05, "margin_q25": 0.25, "margin_q50": 0.5, "margin_q75": 0.75, "margin_q95": 0.95}
 
 
 class Meter:
@@ -61,37 +78,66 @@ class Meter:
         self.sums.copy_(torch.tensor(state[process_index], dtype=torch.float64))
 
 
-def accuracy(margin: np.ndarray) -> float:
-    """Fraction of pairs whose chosen answer has the higher reward; a tie counts half. `margin` = r_c - r_r, [n]."""
-    return float(np.mean((margin > 0) + 0.5 * (margin == 0)))
+def measures(
+    table: pd.DataFrame,
+    weight: np.ndarray,
+    *,
+    center_rewards_coefficient: float | None = None,
+    label_smoothing: float = 0.0,
+) -> dict[str, np.ndarray]:
+    """Every statistic of an evaluation that has an interval, [...] each, in float64.
 
+    Args:
+        table: a row for each of n pairs, see `rm.table.pair_table`.
+        weight: how often each pair counts, [..., n]: ones, or the counts of resamples (`rm.statistics`).
+        center_rewards_coefficient, label_smoothing: of the loss.
+    """
+    chosen, rejected = (table[f"reward_{side}"].to_numpy(np.float64) for side in ("chosen", "rejected"))
+    length_chosen, length_rejected = (table[f"length_{side}"].to_numpy() for side in ("chosen", "rejected"))
+    margin, longer = chosen - rejected, length_chosen - length_rejected
+    p_chosen, rewards = sigmoid(margin), np.concatenate([chosen, rejected])
+    both = np.concatenate([weight, weight], axis=-1)  # of the 2n rewards, first those of the chosen answers
 
-def wilson_interval(p: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% score interval of a proportion `p` of `n` independent pairs (Wilson 1927)."""
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    def loss(chosen_B: np.ndarray, rejected_B: np.ndarray) -> np.ndarray:
+        loss_B = pairwise_loss(
+            torch.tensor(chosen_B),
+            torch.tensor(rejected_B),
+            torch.tensor(table["data_margin"].to_numpy(np.float64)),
+            center_rewards_coefficient=center_rewards_coefficient,
+            label_smoothing=label_smoothing,
+        )
+        return mean(loss_B.numpy(), weight)
 
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation with mean ranks for ties, as `scipy.stats.spearmanr`; NaN if one side is constant."""
-    ranks = [pd.Series(v).rank().to_numpy() for v in (x, y)]
-    if any(r.std() == 0 for r in ranks):
-        return math.nan
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def accuracy_ceiling(true_margin: np.ndarray) -> float:
-    """The best possible accuracy, mean of max(p, 1 - p) with p = sigmoid(true_margin); `true_margin`: log-odds, [n]."""
-    return float(np.mean(1 / (1 + np.exp(-np.abs(true_margin)))))
+    answer_length = np.concatenate([length_chosen, length_rejected]) - np.tile(table["prefix_length"].to_numpy(), 2)
+    values = {
+        "loss": loss(chosen, rejected),
+        "accuracy": accuracy(margin, weight),
+        "ties": mean(margin == 0, weight),
+        "margin": mean(margin, weight),
+        **dict(zip(QUANTILES, quantiles(margin, QUANTILES.values(), weight), strict=True)),
+        "reward_chosen": mean(chosen, weight),
+        "reward_rejected": mean(rejected, weight),
+        "reward_mean": mean(rewards, both),
+        "reward_std": standard_deviation(rewards, both),
+        "brier": mean((1 - p_chosen) ** 2, weight),
+        "ece": calibration_error(p_chosen, margin, weight),
+        "temperature": temperature(margin, weight),
+        "reward_length_spearman": correlation(ranks(rewards), ranks(answer_length), both),
+        "margin_length_spearman": correlation(ranks(margin), ranks(longer), weight),
+        "null_length_accuracy": accuracy(longer, weight),
+        "null_prompt_loss": loss(np.zeros(len(table)), np.zeros(len(table))),
+        "prompt_share": share_between(rewards, np.tile(table["prompt"].to_numpy(), 2), both),
+    }
+    if "true_margin" in table:
+        true_margin = table["true_margin"].to_numpy(np.float64)
+        values["accuracy_ceiling"] = mean(sigmoid(np.abs(true_margin)), weight)  # max(p, 1 - p)
+        values["spearman_true_margin"] = correlation(ranks(margin), ranks(true_margin), weight)
+    return values
 
 
 def evaluation_metrics(
-    rewards: np.ndarray,
+    table: pd.DataFrame,
     *,
-    margin: np.ndarray,
-    subset: Sequence[str] | None = None,
-    true_margin: np.ndarray | None = None,
     center_rewards_coefficient: float | None = None,
     label_smoothing: float = 0.0,
     prefix: str = "eval",
@@ -99,41 +145,56 @@ def evaluation_metrics(
     """Metrics of an evaluation set, from one table in float64: independent of how it was cut into batches.
 
     Args:
-        rewards: (chosen, rejected) of each pair, [n, 2].
-        margin: the data's margins, [n] (they enter the loss).
-        subset: group of each pair; adds `eval/<subset>/accuracy` and `eval/<subset>/pairs`.
-        true_margin: log-odds that chosen is better, [n], where the data's true reward is known; adds the best possible
-            accuracy E[max(p, 1-p)] and the rank correlation of learned and true reward differences.
+        table: a row for each of n pairs, see `rm.table.pair_table`. With a column `subset` there are besides
+            `eval/<subset>/accuracy`, its interval and `eval/<subset>/pairs`; with `true_margin`, log-odds that chosen
+            is better, the best possible accuracy E[max(p, 1-p)] and the rank correlation of learned and true margins.
+        center_rewards_coefficient, label_smoothing: of the loss.
         prefix: what the metrics' names begin with, here and above `eval`.
     """
-    table = torch.from_numpy(np.ascontiguousarray(rewards, dtype=np.float64))
-    loss = pairwise_loss(
-        table[:, 0],
-        table[:, 1],
-        torch.from_numpy(np.asarray(margin, dtype=np.float64)),
-        center_rewards_coefficient=center_rewards_coefficient,
-        label_smoothing=label_smoothing,
-    )
-    learned = rewards[:, 0] - rewards[:, 1]
-    low, high = wilson_interval(accuracy(learned), len(learned))
-    metrics = {
-        f"{prefix}/loss": loss.mean().item(),
-        f"{prefix}/accuracy": accuracy(learned),
+    options = {"center_rewards_coefficient": center_rewards_coefficient, "label_smoothing": label_smoothing}
+    values = {name: float(value) for name, value in measures(table, np.ones(len(table)), **options).items()}
+    margin = (table["reward_chosen"] - table["reward_rejected"]).to_numpy()
+    low, high = accuracy_interval(margin, table["prompt"].to_numpy())
+    rewards = table[["reward_chosen", "reward_rejected"]].to_numpy()
+    metrics = {f"{prefix}/{name}": value for name, value in values.items()}
+    metrics |= {
         f"{prefix}/accuracy_low": low,
         f"{prefix}/accuracy_high": high,
-        f"{prefix}/ties": float(np.mean(learned == 0)),
-        f"{prefix}/margin": float(learned.mean()),
-        f"{prefix}/reward_chosen": float(rewards[:, 0].mean()),
-        f"{prefix}/reward_rejected": float(rewards[:, 1].mean()),
-        f"{prefix}/reward_std": float(rewards.std()),
-        f"{prefix}/pairs": len(learned),
+        f"{prefix}/reward_min": float(rewards.min()),
+        f"{prefix}/reward_max": float(rewards.max()),
+        f"{prefix}/pairs": len(table),
+        f"{prefix}/prompts": table["prompt"].nunique(),
     }
-    if true_margin is not None:
-        metrics[f"{prefix}/accuracy_ceiling"] = accuracy_ceiling(np.asarray(true_margin, dtype=np.float64))
-        metrics[f"{prefix}/spearman_true_margin"] = spearman(learned, np.asarray(true_margin))
-    if subset is not None:
-        groups = np.asarray(subset, dtype=str)
-        for group in np.unique(groups):
-            metrics[f"{prefix}/{group}/accuracy"] = accuracy(learned[groups == group])
-            metrics[f"{prefix}/{group}/pairs"] = int(np.sum(groups == group))
+    if "subset" in table:
+        for subset, rows in table.assign(margin=margin).groupby("subset"):
+            low, high = accuracy_interval(rows["margin"].to_numpy(), rows["prompt"].to_numpy())
+            of_subset = {"accuracy": float(accuracy(rows["margin"].to_numpy())), "accuracy_low": low}
+            of_subset |= {"accuracy_high": high, "pairs": len(rows)}
+            metrics |= {f"{prefix}/{subset}/{name}": value for name, value in of_subset.items()}
     return metrics
+
+
+def metric_names() -> list[str]:
+    """All metrics of an evaluation but those of subsets and sets."""
+    number = "reward_chosen reward_rejected data_margin true_margin length_chosen length_rejected prefix_length prompt"
+    return list(evaluation_metrics(pd.DataFrame(dict.fromkeys(number.split(), [0, 1]))))
+
+
+def evaluation_intervals(
+    table: pd.DataFrame,
+    *,
+    center_rewards_coefficient: float | None = None,
+    label_smoothing: float = 0.0,
+    prefix: str = "eval",
+) -> dict[str, tuple[float, float]]:
+    """95% intervals of the metrics in `measures`, by the bootstrap over prompts; {} where there is one prompt.
+
+    A number that is an extreme (`reward_min`), a count, or of a subset (`rm.breakdown`) is not among them.
+    """
+    if table["prompt"].nunique() < 2:
+        return {}
+    options = {"center_rewards_coefficient": center_rewards_coefficient, "label_smoothing": label_smoothing}
+    parts = [measures(table, counts, **options) for counts in resamples(table["prompt"].to_numpy())]
+    intervals = {f"{prefix}/{name}": percentiles(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    margin = (table["reward_chosen"] - table["reward_rejected"]).to_numpy()
+    return intervals | {f"{prefix}/accuracy": accuracy_interval(margin, table["prompt"].to_numpy())}

@@ -16,7 +16,7 @@ from datasets import Dataset
 from rm.audit import count_in_train, fingerprint, pooled_counts
 from rm.data import HASH_COLUMNS, Pairs, arrays_of, tokenize_pairs
 from rm.load import BUILDERS, DataError, Source, load_raw
-from rm.metrics import evaluation_metrics
+from rm.metrics import metric_names
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def name_sets(
     places = [given] if isinstance(given, str) else list(given.values() if isinstance(given, dict) else given)
     configs = configs if isinstance(configs, list) else [configs] * len(places)
     names = list(given) if isinstance(given, dict) else _short_names(key, places, configs)
-    metrics = evaluation_metrics(np.zeros((1, 2)), margin=np.zeros(1), true_margin=np.zeros(1))
+    metrics = metric_names()
     for name in names if len(names) > 1 else ():
         if not re.fullmatch(r"[\w.+-]+", name):
             raise DataError(f"{key}: {name!r} is no name for a set; use letters, digits and . _ + -")

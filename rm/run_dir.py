@@ -141,14 +141,15 @@ def claim_output_dir(
 ) -> None:
     """Write what describes the run, and put away what an earlier one left: all of it, or what is past `checkpoint`.
 
-    From a checkpoint of a run elsewhere, the lines of its metrics.jsonl and the checkpoint of `best_step` come along.
+    From a checkpoint of a run elsewhere, its metrics.jsonl, evaluations and checkpoint of `best_step` come along.
     """
     (output_dir / "results.json").unlink(missing_ok=True)
     folder = output_dir / "checkpoints"
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
     if checkpoint is None:  # the user allowed it, or there is none
-        shutil.rmtree(output_dir / "samples", ignore_errors=True)
+        for old in ("samples", "eval"):
+            shutil.rmtree(output_dir / old, ignore_errors=True)
         for old in (*folder.glob("step-*.replaced"), *(path for _, path in list_checkpoints(folder))):
             discard(old)
     elif _is_part_of(checkpoint, output_dir):
@@ -160,7 +161,11 @@ def claim_output_dir(
         best = checkpoint.resolve().parent / f"step-{best_step}"
         if best.is_dir() and damage(best) is None:
             copy_checkpoint(best, folder)
-        if (lines := checkpoint.resolve().parent.parent / "metrics.jsonl").is_file():
+        origin = checkpoint.resolve().parent.parent
+        if (lines := origin / "metrics.jsonl").is_file():
             write_text(output_dir / "metrics.jsonl", lines.read_text(encoding="utf-8"))
+        for table in (origin / "eval").glob("step-*.parquet"):  # of the best evaluation, for one
+            (output_dir / "eval").mkdir(exist_ok=True)
+            shutil.copy2(table, output_dir / "eval")
     write_text(output_dir / "config.yaml", config_yaml)
     write_text(output_dir / "data_report.json", json.dumps(report, indent=2))

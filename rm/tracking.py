@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import queue
 import shutil
@@ -25,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from rm.files import naming, write_text
+from rm.files import finite, naming, write_text
 from rm.redact import redact
 
 logger = logging.getLogger(__name__)
@@ -295,13 +294,6 @@ def open_metrics(path: Path, resume_lines: int | None):
         shutil.copyfile(path, path.with_name("metrics.jsonl.bak"))
         write_text(path, b"".join(kept).decode())
     return path.open("a", encoding="utf-8")
-
-
-def finite(value: Any) -> Any:
-    """`value`, or its JSON-safe name if it is NaN or infinite."""
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def first_line(error: BaseException) -> str:

@@ -60,21 +60,10 @@ def visualize_samples(
     Raises:
         ValueError: the sequences differ in length, or `num_print_samples` is below -1.
     """
-    lengths = {len(column) for column in (texts, chosen, rejected, ids, sets, margins) if column is not None}
-    if len(lengths) != 1:
-        raise ValueError(f"texts, chosen, rejected, ids, sets and margins must have one length, got {sorted(lengths)}")
     if num_print_samples < -1:
         raise ValueError(f"num_print_samples={num_print_samples}: must be a count, -1 (all) or 0 (off)")
-    records = []
-    for i in range(len(texts) if num_print_samples == -1 else min(num_print_samples, len(texts))):
-        margin = float(chosen[i]) - float(rejected[i])
-        record = {"id": str(ids[i]), "step": step} | ({} if sets is None else {"set": sets[i]})
-        record |= {key: texts[i][key] for key in ("prompt", "chosen", "rejected")}
-        record |= {"reward_chosen": float(chosen[i]), "reward_rejected": float(rejected[i])}
-        record |= {"p_chosen": 0.5 + 0.5 * math.tanh(margin / 2), "margin": margin}  # sigmoid(margin), no overflow
-        record |= {} if margins is None else {"data_margin": float(margins[i])}
-        record["correct"] = "right" if margin > 0 else "wrong" if margin < 0 else "tie" if margin == 0 else "nan"
-        records.append(record)
+    records = sample_records(texts, chosen, rejected, ids=ids, sets=sets, step=step, margins=margins)
+    records = records if num_print_samples == -1 else records[:num_print_samples]
     if records:
         write_records(Path(output_dir) / "samples" / f"step-{step}.jsonl", records)
         console = console or Console()
@@ -84,8 +73,38 @@ def visualize_samples(
     return records
 
 
-def reward_table(records: list[dict[str, Any]], console: Console) -> Table:
-    """The records as a table that fits the console: prompts lose their start, answers their end."""
+def sample_records(
+    texts: Sequence[dict[str, str]],
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    *,
+    ids: Sequence[str],
+    sets: Sequence[str] | None = None,
+    step: int | None = None,
+    margins: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """The records that `visualize_samples` describes, one for each pair."""
+    lengths = {len(column) for column in (texts, chosen, rejected, ids, sets, margins) if column is not None}
+    if len(lengths) != 1:
+        raise ValueError(f"texts, chosen, rejected, ids, sets and margins must have one length, got {sorted(lengths)}")
+    records = []
+    for i in range(len(texts)):
+        margin = float(chosen[i]) - float(rejected[i])
+        record = {"id": str(ids[i]), "step": step} | ({} if sets is None else {"set": sets[i]})
+        record |= {key: texts[i][key] for key in ("prompt", "chosen", "rejected")}
+        record |= {"reward_chosen": float(chosen[i]), "reward_rejected": float(rejected[i])}
+        record |= {"p_chosen": 0.5 + 0.5 * math.tanh(margin / 2), "margin": margin}  # sigmoid(margin), no overflow
+        record |= {} if margins is None else {"data_margin": float(margins[i])}
+        record["correct"] = "right" if margin > 0 else "wrong" if margin < 0 else "tie" if margin == 0 else "nan"
+        records.append(record)
+    return records
+
+
+def reward_table(records: list[dict[str, Any]], console: Console, title: str | None = None) -> Table:
+    """The records as a table that fits the console: prompts lose their start, answers their end.
+
+    `title`: None says the step, and in how many pairs chosen has the higher reward.
+    """
     unicode = console.encoding.lower().startswith("utf")
     dots = "…" if unicode else "..."
 
@@ -110,8 +129,9 @@ def reward_table(records: list[dict[str, Any]], console: Console) -> Table:
     width = max(10, console.width - max(cell_len(line) for left in lefts for line in left) - 24)  # of the text column
 
     right = sum(r["correct"] == "right" for r in records)
+    shown = f"chosen has the higher reward in {right} of {len(records)} pairs shown"
     table = Table(
-        title=f"Step {records[0]['step']}: chosen has the higher reward in {right} of {len(records)} pairs shown",
+        title=title or f"Step {records[0]['step']}: {shown}",
         caption="margin = reward of chosen - reward of rejected, P = sigmoid(margin); compare rewards in a pair only",
         title_justify="left",
         caption_justify="left",

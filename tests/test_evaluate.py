@@ -13,6 +13,7 @@ import train_rm
 from rm import evaluate
 from rm.config import ConfigError
 from rm.model import ModelError, RewardModel
+from rm.table import read_table
 
 
 def test_rewards_do_not_depend_on_layout_or_batches():
@@ -45,6 +46,78 @@ def test_the_command_gives_the_runs_own_metrics(trained, capsys, form):
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == metrics
     for name, value in metrics.items():
         assert value == pytest.approx(summary[name], abs=1e-5), name
+
+
+def test_the_table_of_every_evaluation_is_kept(train):
+    """All numbers of a run's summary come from its file."""
+    summary, folder = train("out", "--eval_steps=2", "--max_steps=3", "--center_rewards_coefficient=0.01")
+    assert [path.name for path in sorted((folder / "eval").iterdir())] == ["step-2.parquet", "step-3.parquet"]
+    loss = {"center_rewards_coefficient": 0.01, "label_smoothing": 0.0}
+    metrics = evaluate.pairs_metrics(read_table(folder / "eval/step-3.parquet"), **loss)
+    assert metrics == {name: value for name, value in summary.items() if name.startswith("eval/")}
+    results = json.loads((folder / "results.json").read_text())
+    low, high = results["intervals"]["eval/loss"]
+    assert low < summary["eval/loss"] < high
+    assert [row["bin"] for row in results["breakdowns"]["by_subset"]] == ["brief", "detailed", "multi_turn", "system"]
+    mistakes = [json.loads(line) for line in (folder / "mistakes.jsonl").read_text().splitlines()]
+    margins = [row["margin"] for row in mistakes]
+    assert 0 < len(margins) <= 20 and margins == sorted(margins) and max(margins) < 0
+    assert mistakes[0]["prompt"] and mistakes[0]["correct"] == "wrong"
+
+
+def test_the_table_of_the_best_evaluation_is_the_results(train, tmp_path):
+    options = ["--eval_steps=1", "--max_steps=3", "--load_best_model_at_end", "--greater_is_better=true"]
+    summary, folder = train("out", *options, "--metric_for_best_model=eval/loss")  # the worst, and so not the last
+    assert summary["train/best_step"] < 3
+    results = json.loads((folder / "results.json").read_text())
+    low, high = results["intervals"]["eval/margin"]
+    assert low < summary["eval/margin"] < high
+    metrics = evaluate.pairs_metrics(read_table(folder / f"eval/step-{summary['train/best_step']}.parquet"))
+    assert metrics["eval/margin"] == summary["eval/margin"]
+    checkpoint = f"--resume_from_checkpoint={folder / 'checkpoints' / 'step-1'}"
+    again, _ = train("elsewhere", *options, "--metric_for_best_model=eval/loss", checkpoint)
+    assert again["eval/margin"] == summary["eval/margin"]
+
+
+def test_comparison_mistakes_and_output(trained, tmp_path, capsys):
+    summary, folder = trained
+    reset_accelerate()
+    other = tmp_path / "other"
+    train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={other}", "--max_steps=1", "--add_eos=false"])
+    capsys.readouterr()
+    reset_accelerate()
+    command = f"--model {folder} --compare {other} --mistakes 3 --output={tmp_path / 'kept'}"
+    metrics = evaluate.main(command.split())
+    printed = capsys.readouterr().out
+    assert json.loads(printed.strip().splitlines()[-1]) == metrics
+    for words in ("95% interval", "Accuracy by subset", "this - other", "worst mistakes"):
+        assert words in printed
+    kept = json.loads((tmp_path / "kept/metrics.json").read_text())
+    assert kept["metrics"] == metrics and metrics["compare/pairs"] == metrics["eval/pairs"] == 30
+    assert metrics["compare/accuracy"] == metrics["eval/accuracy"] == summary["eval/accuracy"]
+    results = json.loads((other / "results.json").read_text())["summary"]
+    assert metrics["compare/other_accuracy"] == results["eval/accuracy"]
+    assert metrics["compare/other_loss"] == pytest.approx(results["eval/loss"], abs=1e-5)
+    low, high = kept["intervals"]["compare/loss_difference"]
+    assert low < metrics["compare/loss_difference"] < high
+    table = read_table(tmp_path / "kept/table.parquet")
+    margin = (table["reward_chosen"] - table["reward_rejected"]).sort_values()
+    rows = [json.loads(line) for line in (tmp_path / "kept/mistakes.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == table["id"][margin.index[:3]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mistakes=many"], "--mistakes=many: must be a number of pairs"),
+        (["--compare"], "--compare needs a value"),
+        (["--output", "--mistakes", "3"], "--output needs a value"),
+        (["--output={}/config.yaml"], "is a file; give a folder"),
+    ],
+)
+def test_wrong_options(trained, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate.main([f"--model={trained[1]}", *(option.format(trained[1]) for option in options)])
 
 
 def test_another_data_set_and_wrong_models(trained, tmp_path, capsys):

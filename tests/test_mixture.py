@@ -16,6 +16,7 @@ from rm.evaluate import pairs_metrics
 from rm.load import DataError
 from rm.metrics import evaluation_metrics
 from rm.mixture import draw, load_pairs, name_sets
+from rm.table import pair_table
 
 LETTERS = "a b c d e f g x y z".split()
 TEXT = [{"chosen": f"{a} yes", "rejected": f"{a} no", "margin": 0.5} for a in LETTERS]  # 10 pairs
@@ -176,24 +177,25 @@ def test_in_train_of_each_set_is_counted_against_what_is_trained_on(load, tmp_pa
 def test_metrics_of_each_set_and_of_all(load, files):
     _, test = load(eval_dataset_name={"a": files[0], "b": files[1]})
     rewards = np.random.default_rng(0).normal(size=(14, 2))
-    metrics = pairs_metrics(rewards, test, **NO_LOSS)
-    margin = np.array([0.5] * 10 + [0.0] * 4)
-    want = evaluation_metrics(rewards, margin=margin)
-    want |= evaluation_metrics(rewards[:10], margin=margin[:10], prefix="eval/a")
+    metrics = pairs_metrics(pair_table(test, rewards), **NO_LOSS)
+    plain = pair_table(test, rewards).drop(columns=["subset", "true_margin"])
+    assert plain["data_margin"].tolist() == [0.5] * 10 + [0.0] * 4
+    want = evaluation_metrics(plain)
+    want |= evaluation_metrics(plain[:10], prefix="eval/a")
     talk = {"subset": list("stst"), "true_margin": [row["true_margin"] for row in TALK]}
-    want |= evaluation_metrics(rewards[10:], margin=margin[10:], prefix="eval/b", **talk)
-    assert metrics == want
+    want |= evaluation_metrics(plain[10:].assign(**talk), prefix="eval/b")
+    assert metrics == pytest.approx(want, nan_ok=True)
     assert metrics["eval/pairs"] == 14 and metrics["eval/b/s/pairs"] == 2
     assert "eval/accuracy_ceiling" not in metrics and "eval/b/accuracy_ceiling" in metrics
     assert "eval/s/accuracy" not in metrics and "eval/a/spearman_true_margin" not in metrics
     _, known = load(eval_dataset_name={"a": files[1], "b": files[1]})
-    assert "eval/accuracy_ceiling" in pairs_metrics(rewards[:8], known, **NO_LOSS)
+    assert "eval/accuracy_ceiling" in pairs_metrics(pair_table(known, rewards[:8]), **NO_LOSS)
 
 
 def test_one_set_is_evaluated_as_before(load, files):
     rewards = np.random.default_rng(0).normal(size=(4, 2))
     for name in (files[1], [files[1]], {"mine": files[1]}):
-        metrics = pairs_metrics(rewards, load(eval_dataset_name=name)[1], **NO_LOSS)
+        metrics = pairs_metrics(pair_table(load(eval_dataset_name=name)[1], rewards), **NO_LOSS)
         assert "eval/s/accuracy" in metrics and not any(key.startswith(("eval/talk", "eval/mine")) for key in metrics)
 
 
