@@ -62,9 +62,10 @@ from rm.launch import StopSignal, is_orphan, on_main_process, processes_asked_fo
 from rm.load import DataError
 from rm.loss import pairwise_loss
 from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb, settle_buckets
-from rm.metrics import Meter, evaluation_intervals
+from rm.metrics import Meter
 from rm.mixture import load_pairs, name_sets
 from rm.model import ModelError, RewardModel, check_positions, compile_layers, use_liger_kernels
+from rm.normalization import reward_scale, sample_of
 from rm.optim import FOLLOW_A_METRIC, make_optimizer, make_scheduler, parameter_groups
 from rm.precision import cast_weights, set_tf32
 from rm.pretrained import load_tokenizer
@@ -585,6 +586,9 @@ def main(argv: list[str]) -> dict:
     if config.load_best_model_at_end and best.step not in (None, step):
         load_best()  # collective
         final, evaluated_step = best.metrics, best.step
+    sample = sample_of(len(train_pairs.dataset), config.num_normalization_samples, config.seed)
+    with cast_weights(model, config.eval_dtype):
+        scale = reward_scale(score(train_pairs.dataset.select(sample))) if len(sample) else None  # collective
     with without_autocast(model):  # as transformers will serve it
         check = eval_pairs.dataset.select(range(min(8, len(eval_pairs.dataset))))
         check_rewards = score(check)  # collective
@@ -607,6 +611,7 @@ def main(argv: list[str]) -> dict:
             tokenizer,
             output_dir,
             merge_adapter=config.merge_adapter,
+            scale=scale,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
             quantization_config=quantization,
@@ -622,7 +627,7 @@ def main(argv: list[str]) -> dict:
         )
         summary |= {"speed/total_seconds": round(time.perf_counter() - started, 2), "output_dir": str(output_dir)}
         table = read_table(output_dir / "eval" / f"step-{evaluated_step}.parquet")
-        intervals = to_metrics(table, measure=evaluation_intervals)
+        intervals = to_metrics(table, intervals=True)
         write_records(output_dir / "mistakes.jsonl", mistake_records(eval_pairs, table, NUM_MISTAKES, evaluated_step))
         results = {
             "summary": summary,
@@ -631,6 +636,7 @@ def main(argv: list[str]) -> dict:
             "config": record,
             "adapter": redact(adapter_settings(getattr(model, "module", model).classifier)),
             "layout": f"{layout} ({reason})",
+            "normalization": scale,
             "data": report,
             **provenance(),
         }

@@ -154,6 +154,32 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return files, values
 
 
+def take_option(argv: list[str], name: str, is_flag: bool = False) -> tuple[Any, list[str]]:
+    """The value (None: not given) of an option that is none of `RewardConfig`'s, and the command line without it.
+
+    `--name=v`, `--name v`, `name=v`; a flag (true or false) may stand alone.
+    """
+    rest, value = list(argv), None
+    while (place := next((i for i, token in enumerate(rest) if _names(token, name)), None)) is not None:
+        _, equals, value = rest.pop(place).partition("=")
+        has_value = place < len(rest) and not rest[place].startswith("--")
+        has_value = has_value and (not is_flag or rest[place].lower() in ("true", "false"))
+        if not equals and not has_value and not is_flag:
+            raise ConfigError(f"command line: --{name} needs a value")
+        if not equals:
+            value = rest.pop(place) if has_value else "true"
+    if not is_flag or value is None:
+        return value, rest
+    if value.lower() not in ("true", "false"):
+        raise ConfigError(f"command line: {name}={value!r} does not fit; expected true or false")
+    return value.lower() == "true", rest
+
+
+def _names(token: str, name: str) -> bool:
+    key, equals, _ = token.removeprefix("--").partition("=")
+    return key.replace("-", "_") == name and bool(equals or token.startswith("--"))
+
+
 def parse_config(argv: list[str]) -> RewardConfig:
     """The configuration of a command line.
 

@@ -40,7 +40,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     "use_liger_kernel liger_kernel_config merge_adapter dataset_num_proc max_nonfinite_steps "
     "micro_batch_tokens eval_micro_batch_tokens auto_find_batch_size torch_compile layout output_dir "
     "overwrite_output_dir resume_from_checkpoint run_name logging_steps eval_steps save_steps save_total_limit "
-    "num_print_samples report_to project load_best_model_at_end license push_to_hub hub_model_id hub_private_repo "
+    "num_print_samples num_normalization_samples report_to project load_best_model_at_end license push_to_hub hub_model_id hub_private_repo "
     "hub_strategy hub_token hub_revision".split()
 )
 # ... and these name things that are compared by their content (a file may lie elsewhere on another machine)
@@ -109,6 +109,7 @@ class RewardConfig:
     max_length: int | None = option(1024, "tokens in one sequence (prompt + answer); none: no limit")
     overlength: Literal["drop", "truncate_left"] = option("drop", "pairs longer than max_length: drop them, or cut the start of the prompt (truncate_left)")
     add_eos: bool = option(True, "append the EOS token to plain text (conversations end as their template says)")
+    text_as_conversation: bool | None = option(None, "make plain text with a prompt column a conversation, the user's prompt and the assistant's answer, by the chat template; none: only data that are evaluated on, if the model is trained on conversations")
     margin_from_scores: bool = option(False, "margin = score_chosen - score_rejected")
     chat_template_kwargs: dict[str, Any] | None = option(None, "extra variables for the chat template, as a dict")
     dataset_num_proc: int | None = option(None, "processes for rendering and tokenizing; none: one")
@@ -167,6 +168,7 @@ class RewardConfig:
     early_stopping_patience: int | None = option(None, "evaluations in a row without a better metric_for_best_model (else eval/loss) that end the training; none: off")
     early_stopping_threshold: float = option(0.0, "by how much it must be better to count")
     num_print_samples: int = option(4, "held-out pairs (of each set) shown with their rewards at every evaluation; -1: all; 0: off")
+    num_normalization_samples: int = option(1024, "random training pairs whose answers' rewards give the mean and std that are kept with the model; -1: all; 0: off")
     report_to: list[str] = option([], "trackers: wandb, tensorboard, any other of Accelerate's, all, or none")
     project: str = option("reward-model", "project name at the tracker")
 
@@ -209,7 +211,8 @@ class RewardConfig:
             need(0 <= getattr(c, key) < 1, key, "must be in [0, 1)")
         need(0 <= c.label_smoothing_factor < 0.5, "label_smoothing_factor", "must be in [0, 0.5)")
         need(c.eval_fraction is None or 0 < c.eval_fraction < 1, "eval_fraction", "must be in (0, 1), or none")
-        need(c.num_print_samples >= -1, "num_print_samples", "must be -1 (all), 0 (off) or a number of pairs")
+        for key in ("num_print_samples", "num_normalization_samples"):
+            need(getattr(c, key) >= -1, key, "must be -1 (all), 0 (off) or a number of pairs")
         need(c.max_steps == -1 or c.max_steps > 0, "max_steps", "must be greater than 0, or -1 to use num_train_epochs")
         need(not (c.warmup_steps and c.warmup_ratio), "warmup_ratio", "warmup_steps is given too; give one of them")
         need(not (c.dtype == "float16" and c.mixed_precision == "fp16"), "dtype", "fp16 autocast needs float32 weights")
@@ -312,7 +315,7 @@ class RewardConfig:
         names = (
             "dataset_name dataset_weights dataset_config dataset_train_split dataset_test_split eval_dataset_name "
             "eval_dataset_config eval_fraction max_train_samples max_eval_samples seed max_length overlength add_eos "
-            "margin_from_scores chat_template_kwargs dataset_num_proc"
+            "text_as_conversation margin_from_scores chat_template_kwargs dataset_num_proc"
         )
         return {name: getattr(self, name) for name in names.split()}
 

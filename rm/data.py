@@ -6,6 +6,8 @@ The format is found from the columns of the data set:
     text_explicit_prompt           prompt, chosen, rejected: strings
     conversation_implicit_prompt   chosen, rejected: lists of messages {"role": ..., "content": ...} that begin alike
     conversation_explicit_prompt   prompt, chosen, rejected: lists of messages
+    conversation_from_text         text_explicit_prompt made a conversation (`text_as_conversation`): the prompt is the
+                                   user's message, the answers are the assistant's
     tokenized                      input_ids_chosen, input_ids_rejected (or chosen_ids, rejected_ids, or
                                    chosen_input_ids, rejected_input_ids), each with an attention mask or without
 
@@ -38,6 +40,7 @@ from rm.encode import encode_batch
 from rm.formats import check_tokenizer, detect_format, number_columns
 from rm.load import DataError, Source, check_late_rows, progress_bars
 from rm.render import (
+    FROM_TEXT,
     SIDES,
     Recipe,
     RowError,
@@ -91,7 +94,7 @@ class Pairs:
             shared = shared_text if self.format.startswith("text") else shared_messages
             n = shared(chosen, rejected)
             prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-        if self.format.startswith("conversation"):
+        if self.format.startswith("conversation") and self.format != FROM_TEXT:
             prompt, chosen, rejected = transcript(prompt), answer(chosen), answer(rejected)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -119,6 +122,7 @@ def tokenize_pairs(
     max_length: int | None = None,
     overlength: str = "drop",
     add_eos: bool = True,
+    text_as_conversation: bool = False,
     margin_from_scores: bool = False,
     chat_template_kwargs: dict[str, Any] | None = None,
     dataset_num_proc: int | None = None,
@@ -126,8 +130,9 @@ def tokenize_pairs(
     """Check every row, render and tokenize it, drop what cannot be used and count it.
 
     Text is prompt + answer as one string, with the tokenizer's default special tokens, and then EOS (`add_eos`). A
-    conversation is rendered whole by the chat template, which writes its own special tokens. Token columns are taken
-    as they are. `max_length` counts the tokens of one sequence (None: no limit); longer pairs are dropped, or cut with
+    conversation is rendered whole by the chat template, which writes its own special tokens; `text_as_conversation`
+    makes one of every prompt and answer of text, where the prompt is a column of its own. Token columns are taken as
+    they are. `max_length` counts the tokens of one sequence (None: no limit); longer pairs are dropped, or cut with
     `overlength="truncate_left"` (see `truncate_left`). The result is cached on disk, under a key of the raw data's
     fingerprint, the tokenizer's content and these options.
 
@@ -135,6 +140,8 @@ def tokenize_pairs(
     """
     assert overlength in ("drop", "truncate_left"), overlength
     format_name, columns = detect_format(source)
+    if text_as_conversation and format_name == "text_explicit_prompt":
+        format_name = FROM_TEXT
     recipe = Recipe(
         format=format_name,
         columns=columns,

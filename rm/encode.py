@@ -4,7 +4,7 @@ It runs in the workers of a `datasets` map.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -83,31 +83,32 @@ def _judge(chosen: np.ndarray, rejected: np.ndarray, blank: bool, recipe: Recipe
         status = OVER_LENGTH
     elif longest > (recipe.max_length or math.inf):
         truncated = True
-        chosen, rejected = truncate_left(chosen, rejected, recipe.max_length, bos)
+        chosen, rejected = truncate_left((chosen, rejected), recipe.max_length, bos)
         status = IDENTICAL if np.array_equal(chosen, rejected) else KEPT
     if status != KEPT:
         chosen = rejected = np.zeros(0, np.int32)
     return status, truncated, chosen, rejected
 
 
-def shared_prefix_length(chosen: np.ndarray, rejected: np.ndarray) -> int:
-    """Number of equal leading tokens, at most so many that each side keeps one token of its own."""
-    limit = max(min(len(chosen), len(rejected)) - 1, 0)
-    differ = chosen[:limit] != rejected[:limit]
+def shared_prefix_length(*sequences: np.ndarray) -> int:
+    """Number of equal leading tokens, at most so many that each sequence keeps one token of its own."""
+    limit = max(min(map(len, sequences)) - 1, 0)
+    first, *others = (ids[:limit] for ids in sequences)
+    differ = np.any([ids != first for ids in others], axis=0) if others else np.zeros(0, bool)
     return int(differ.argmax()) if differ.any() else limit
 
 
-def truncate_left(chosen: np.ndarray, rejected: np.ndarray, max_length: int, bos: int | None) -> tuple:
-    """Both sides at most `max_length` tokens long, cut at the start, so that the answers stay.
+def truncate_left(sequences: Sequence[np.ndarray], max_length: int, bos: int | None) -> tuple[np.ndarray, ...]:
+    """All sequences (the two of a pair) at most `max_length` tokens long, cut at the start, so that the answers stay.
 
-    The same number of tokens of the shared prefix goes from both, enough for the longer side: what is left of the
-    prompt is the same for both. Only where the prefix is used up, a side whose answer is still too long keeps its last
-    tokens. A BOS that both sides start with stays in front, since models lean on it.
+    The same number of tokens of the shared prefix goes from all, enough for the longest: what is left of the prompt is
+    the same for all. Only where the prefix is used up, a sequence whose answer is still too long keeps its last tokens.
+    A BOS that all start with stays in front, since models lean on it.
     """
-    keep = int(bos is not None and max_length > 1 and chosen[0] == bos and rejected[0] == bos)
-    spare = max(shared_prefix_length(chosen, rejected) - keep, 0)
-    start = keep + min(spare, max(len(chosen), len(rejected)) - max_length)
-    return tuple(np.concatenate([ids[:keep], ids[start:][keep - max_length :]]) for ids in (chosen, rejected))
+    keep = int(bos is not None and max_length > 1 and all(ids[0] == bos for ids in sequences))
+    spare = max(shared_prefix_length(*sequences) - keep, 0)
+    start = keep + min(spare, max(map(len, sequences)) - max_length)
+    return tuple(np.concatenate([ids[:keep], ids[start:][keep - max_length :]]) for ids in sequences)
 
 
 def _hash(ids: np.ndarray) -> int:
@@ -160,9 +161,9 @@ def _encode(texts: list[list[str]], rows: list[int], tokenizer, recipe: Recipe) 
                 raise RowError(row, f"the tokenizer cannot read the text: {one_line(error)}") from error
         raise
     end = [tokenizer.eos_token_id] if is_text and recipe.add_eos else []
-    return [[_with_end(ids, end) for ids in side] for side in sides]
+    return [[with_end(ids, end) for ids in side] for side in sides]
 
 
-def _with_end(ids: list[int], end: list[int]) -> np.ndarray:
+def with_end(ids: list[int], end: list[int]) -> np.ndarray:
     """`ids` as int32, and then the token `end` unless they end with it (an empty text stays empty)."""
     return np.array(ids if not ids or ids[-1:] == end else ids + end, np.int32)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,36 +21,41 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
-from transformers.utils import is_torch_tf32_available
 
-from rm.adapters import load_trained
 from rm.attention import block_size
 from rm.batching import PairLengths, plan_micro_batches
+from rm.best_of_n import best_of_n_table, is_best_of_n
 from rm.breakdown import breakdowns
 from rm.collate import COLUMNS, collate
-from rm.command_line import parse_config, read_yaml, split_arguments
+from rm.command_line import read_yaml, split_arguments, take_option
 from rm.compare import compare_tables
 from rm.config import ConfigError, RewardConfig
 from rm.data import arrays_of
 from rm.files import finite, write_text
 from rm.forward import LayoutError, concatenated_forward, resolve_layout
-from rm.load import DataError
+from rm.load import DataError, Source, load_raw
 from rm.metrics import evaluation_intervals, evaluation_metrics
 from rm.mixture import PairSets, load_pairs
-from rm.model import ModelError, RewardModel, check_positions, use_cpu_kernel
+from rm.model import ModelError, check_positions
 from rm.precision import cast_weights, set_tf32
-from rm.pretrained import check_folder, find_adapter, load_tokenizer
-from rm.quantization import QUANTIZATION_OPTIONS, quantization_config
+from rm.pretrained import load_tokenizer
 from rm.redact import safe_line
-from rm.show import breakdown_table, comparison_table, metrics_table
+from rm.render import FROM_TEXT
+from rm.rewardbench import best_of_n_metrics, rewardbench_metrics
+from rm.saved import conversations_from_text, load_saved, recorded_config
+from rm.scorer import Scorer
+from rm.show import breakdown_table, comparison_table, metrics_table, score_table
 from rm.table import pair_table, sets_of, without_missing, worst, write_table
 from rm.visualize_samples import reward_table, sample_records, write_records
+
+logger = logging.getLogger(__name__)
 
 # what decides which pairs there are, whatever the tokenizer
 SAME_DATA = (
     "dataset_name dataset_weights dataset_config dataset_train_split dataset_test_split eval_dataset_name "
     "eval_dataset_config eval_fraction max_eval_samples seed"
 ).split()
+RENDERED = "prompts and answers that are text are scored as %s: %s (text_as_conversation says otherwise)"
 
 
 def pair_lengths(dataset) -> PairLengths:
@@ -95,63 +101,83 @@ def evaluate_rewards(
     return table[:, :2].astype(np.float64)
 
 
-def pairs_metrics(table: pd.DataFrame, measure: Callable = evaluation_metrics, **options) -> dict:
-    """`rm.metrics.evaluation_metrics` (or `measure`, say `evaluation_intervals`) of the table of an evaluation.
+def pairs_metrics(table: pd.DataFrame, *, intervals: bool = False, **options: Any) -> dict[str, Any]:
+    """`rm.metrics.evaluation_metrics` of an evaluation's table (or the `intervals` of them); of RewardBench its scores.
 
     With several sets: of all pairs together as `eval/...`, and of each set as `eval/<set>/...`. Subsets stand under
-    their set alone, and what needs a `true_margin` only where every pair has one.
+    their set alone, and what needs a `true_margin` only where every pair has one. `options`: of the loss.
     """
-    sets = sets_of(table)
+    measure, sets = evaluation_intervals if intervals else evaluation_metrics, sets_of(table)
+
+    def of_set(part: pd.DataFrame, prefix: str) -> dict[str, Any]:
+        return measure(part, **options, prefix=prefix) | rewardbench_metrics(part, prefix)[intervals]
+
     if len(sets) == 1:
-        return measure(without_missing(table), **options)
+        return of_set(without_missing(table), "eval")
     metrics = measure(without_missing(table).drop(columns="subset", errors="ignore"), **options)
     for name, part in sets.items():
-        metrics |= measure(part, **options, prefix=f"eval/{name}")
+        metrics |= of_set(part, f"eval/{name}")
     return metrics
 
 
-def saved_config(name: str, rest: Sequence[str], data: Sequence[str] = ()) -> RewardConfig:
-    """The configuration to evaluate the saved model `name` with: its run's own, then `data` and `rest`, options as on
-    the command line."""
-    check_folder(name)
-    files, values = split_arguments([*data, *rest])
-    chosen = set(values).union(*map(read_yaml, files))
-    recorded = Path(name) / "config.yaml"
-    base = ["--config", str(recorded)] if recorded.is_file() else []
-    if chosen & {"dataset_name", "eval_dataset_name"}:
-        others = "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights max_eval_samples"
-        base += [f"{option}=none" for option in others.split() if option not in chosen]
-    if not is_torch_tf32_available():  # which the run may have had
-        base += ["tf32=none"]
-    return parse_config([*base, *data, f"model_name_or_path={name}", *rest])
+def best_of_n_source(config: RewardConfig) -> Source | None:
+    """The evaluation data, if they are one data set with several answers a prompt (RewardBench 2)."""
+    name, dataset_config = config.dataset_name, config.dataset_config
+    if config.eval_dataset_name is not None:
+        name, dataset_config = config.eval_dataset_name, config.eval_dataset_config
+    if not isinstance(name, str) or name == "toy" or config.eval_fraction is not None:
+        return None
+    where = {"split": config.dataset_test_split, "max_samples": config.max_eval_samples, "accept_only_split": True}
+    source = load_raw(name, dataset_config=dataset_config, **where)
+    return source if is_best_of_n(source.dataset) else None
 
 
-def evaluate_saved(config: RewardConfig, accelerator: Accelerator) -> tuple[PairSets, pd.DataFrame]:
+def evaluate_best_of_n(
+    config: RewardConfig, source: Source, accelerator: Accelerator, *, max_length: int | None
+) -> pd.DataFrame:
+    """The table of `rm.best_of_n` of the saved model that `config` names. Collective."""
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    as_conversation, why = conversations_from_text(config, tokenizer)
+    if isinstance(source.dataset[0].get("prompt"), str):
+        logger.info(RENDERED, "conversations" if as_conversation else "text", why)
+    model, tolerance = load_saved(config, tokenizer)
+    scorer = Scorer(
+        model,
+        tokenizer,
+        device=accelerator.device,
+        layout=config.layout,
+        tolerance=tolerance,
+        micro_batch_tokens=config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens,
+        autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision),
+        weights=config.eval_dtype,
+        add_eos=config.add_eos,
+        chat_template_kwargs=config.chat_template_kwargs,
+        max_length=max_length,
+        overlength=config.overlength,
+    )
+    return best_of_n_table(source, scorer, accelerator, text_as_conversation=as_conversation)
+
+
+def evaluate_pairs(config: RewardConfig, accelerator: Accelerator) -> tuple[PairSets, pd.DataFrame]:
     """(evaluation pairs, their table) of the saved model that `config` names. Collective."""
-    name = config.model_name_or_path
-    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    as_conversation, why = conversations_from_text(config, tokenizer)
+    options = config.data_options() | {"trained_on_conversations": as_conversation}
     with accelerator.main_process_first():
-        _, pairs = load_pairs(tokenizer, **config.data_options(), only_evaluation=True)
-    is_adapter = find_adapter(name) is not None  # what was merged is not quantised any more
-    options = {name: getattr(config, name) for name in QUANTIZATION_OPTIONS}
-    quantization = quantization_config(**options) if is_adapter else None
-    options = dict(trust_remote_code=config.trust_remote_code, quantization_config=quantization)
-    trained = load_trained(name, tokenizer, dtype=config.dtype, **options)
-    model = RewardModel(trained)
-    use_cpu_kernel(model.bare)
+        _, pairs = load_pairs(tokenizer, **options, only_evaluation=True)
+    if any(part.format in (FROM_TEXT, "text_explicit_prompt") for part in pairs.sets.values()):
+        logger.info(RENDERED, "conversations" if as_conversation else "text", why)
+    model, tolerance = load_saved(config, tokenizer)
     check_positions(model, pairs.audit["max_tokens"])
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    tokens = pairs.dataset.with_format("numpy")
-    is_half = accelerator.mixed_precision != "no" or quantization is not None or bool(config.tf32)
-    is_half |= next(trained.parameters()).dtype != torch.float32
     layout, _ = resolve_layout(
         config.layout,
         model,
-        tokens,
+        pairs.dataset.with_format("numpy"),
         pair_lengths(pairs.dataset).short_ones(),
         tokenizer.pad_token_id,
         accelerator.device,
-        tolerance=5e-2 if is_half else 1e-4,
+        tolerance=tolerance,
     )
     with cast_weights(model, config.eval_dtype):
         rewards = evaluate_rewards(
@@ -179,71 +205,68 @@ def mistake_records(pairs: PairSets, table: pd.DataFrame, count: int, step: int 
     )
 
 
-def take_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The options `names`, which are this program's own, as --name=value, --name value or name=value; and the rest."""
-    own, rest, words = {}, [], iter(argv)
-    for word in words:
-        name, has_value, value = word.removeprefix("--").partition("=")
-        if name not in names or not (has_value or word.startswith("--")):
-            rest.append(word)
-            continue
-        own[name] = value if has_value else next(words, "")
-        if own[name] == "" or own[name].startswith("--"):
-            raise ConfigError(f"command line: --{name} needs a value")
-    return own, rest
-
-
 def main(argv: list[str]) -> dict[str, float]:
-    """Evaluate a saved reward model; prints tables, and then the metrics as one line of JSON."""
-    own, rest = take_options(argv, ("model", "compare", "mistakes", "output"))
-    if "model" not in own:
+    """Evaluate a saved reward model; prints tables, and then the metrics and their intervals as one line of JSON."""
+    own, rest = {}, argv
+    for option in ("model", "compare", "mistakes", "output"):
+        own[option], rest = take_option(rest, option)
+    if own["model"] is None:
         raise ConfigError("command line: --model FOLDER is needed: the output folder of a run, or a hub name")
-    num_mistakes = own.get("mistakes", "0")
+    num_mistakes = own["mistakes"] or "0"
     if not num_mistakes.isdecimal():
-        raise ConfigError(f"command line: --mistakes={num_mistakes}: must be a number of pairs")
-    config = saved_config(own["model"], rest)
-    output = Path(own["output"]) if "output" in own else None
+        raise ConfigError(f"command line: mistakes={num_mistakes}: must be a number of pairs")
+    output = Path(own["output"]) if own["output"] else None
     if output is not None and output.exists() and not output.is_dir():
-        raise ConfigError(f"command line: --output={output}: is a file; give a folder")
-    if "compare" in own:
-        same = {name: value for name, value in config.data_options().items() if name in SAME_DATA}
+        raise ConfigError(f"command line: output={output}: is a file; give a folder")
+    config = recorded_config(own["model"], rest)
+    if own["compare"] is not None:
+        same = {name: getattr(config, name) for name in SAME_DATA}
         same = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in same.items()]
-        other_config = saved_config(own["compare"], rest, same)
+        other_config = recorded_config(own["compare"], [*rest, *same])
 
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
     set_tf32(config.tf32)
-    pairs, table = evaluate_saved(config, accelerator)
-    options = dict(
-        center_rewards_coefficient=config.center_rewards_coefficient, label_smoothing=config.label_smoothing_factor
-    )
-    metrics = pairs_metrics(table, **options)
-    intervals = pairs_metrics(table, evaluation_intervals, **options)
-    comparison = None
-    if "compare" in own:
-        _, other = evaluate_saved(other_config, accelerator)
-        try:
-            comparison, more = compare_tables(table, other, **options)
-        except ValueError as error:
-            raise DataError(f"--compare={own['compare']}: {error}") from None
-        metrics, intervals = metrics | comparison, intervals | more
-    if accelerator.is_main_process:
-        console, parts = Console(), breakdowns(table)
-        console.print(metrics_table(metrics, intervals, "eval", f"Evaluation of {own['model']}"))
-        for name, rows in parts.items():
-            if name != "by_set" or pairs.are_several:
-                console.print(breakdown_table(name, rows))
-        if comparison is not None:
-            console.print(comparison_table(metrics, intervals, (own["model"], own["compare"])))
-        mistakes = mistake_records(pairs, table, int(num_mistakes))
+    config = replace(config, mixed_precision=accelerator.mixed_precision)
+    console, name = Console(), own["model"]
+    if (source := best_of_n_source(config)) is not None:
+        for option in ("compare", "mistakes"):
+            if own[option] is not None:
+                raise ConfigError(f"command line: {option}: is for pairs; {source.name} has several answers a prompt")
+        files, values = split_arguments(rest)
+        is_given = "max_length" in set(values).union(*map(read_yaml, files))
+        max_length = config.max_length if is_given else None  # the training's limit would leave prompts out
+        table, mistakes = evaluate_best_of_n(config, source, accelerator, max_length=max_length), []
+        metrics, intervals = best_of_n_metrics(table)
+        shown, parts = [score_table(metrics, intervals, f"Best of N by {name}")], {}
+    else:
+        pairs, table = evaluate_pairs(config, accelerator)
+        loss = {"center_rewards_coefficient": config.center_rewards_coefficient}
+        loss |= {"label_smoothing": config.label_smoothing_factor}
+        metrics, intervals = pairs_metrics(table, **loss), pairs_metrics(table, intervals=True, **loss)
+        parts, mistakes = breakdowns(table), mistake_records(pairs, table, int(num_mistakes))
+        shown = [metrics_table(metrics, intervals, "eval", f"Evaluation of {name}")]
+        if published := {key: ends for key, ends in intervals.items() if "/rewardbench/" in key}:
+            shown.append(score_table(metrics, published, "RewardBench"))
+        shown += [breakdown_table(key, rows) for key, rows in parts.items() if key != "by_set" or pairs.are_several]
+        if own["compare"] is not None:
+            _, other = evaluate_pairs(other_config, accelerator)
+            try:
+                values, ends = compare_tables(table, other, **loss)
+            except ValueError as error:
+                raise DataError(f"compare={own['compare']}: {error}") from None
+            shown.append(comparison_table(values, ends, (name, own["compare"])))
+            metrics, intervals = metrics | values, intervals | ends
         if mistakes:
-            console.print(reward_table(mistakes, console, f"The {len(mistakes)} worst mistakes, the worst first"))
+            shown.append(reward_table(mistakes, console, f"The {len(mistakes)} worst mistakes, the worst first"))
+    if accelerator.is_main_process:
+        console.print(*shown)
+        record = {"metrics": metrics, "intervals": intervals, "breakdowns": parts}
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             write_table(table, output / "table.parquet")
-            record = {"metrics": metrics, "intervals": intervals, "breakdowns": parts}
             write_text(output / "metrics.json", json.dumps(finite(record), indent=2))
             write_records(output / "mistakes.jsonl", mistakes)
-        print(json.dumps(finite(metrics)), flush=True)
+        print(json.dumps(finite(metrics | {"intervals": intervals})), flush=True)
     accelerator.end_training()
     return metrics
 

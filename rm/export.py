@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 from rm.adapters import load_trained, merge_trained
 from rm.files import GO_ON, fsync_folder
 from rm.model import RewardModel
+from rm.normalization import set_scale
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def save_model(
     output_dir: Path,
     *,
     merge_adapter: bool = False,
+    scale: dict[str, float | int] | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quantization_config: BitsAndBytesConfig | None = None,
@@ -42,6 +44,7 @@ def save_model(
         state_dict: all its weights on the CPU (`rm.checkpoint.full_state_dict`).
         merge_adapter: under PEFT, write the merged weights to `output_dir` and the adapter to `output_dir/adapter`;
             otherwise the adapter goes to `output_dir`.
+        scale: for the model's config, see `rm.normalization`; None: none, nor that of the model it began with.
         dtype, quantization_config: of the weights in training. An adapter is merged into weights of that type; after a
             quantised run into what its quantised weights stand for, and what is written is not quantised.
 
@@ -55,11 +58,14 @@ def save_model(
         patterns = ("*.safetensors*", "adapter*", "config.json")
         for stale in {path for pattern in patterns for path in output_dir.glob(pattern)}:  # of an overwritten run
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        set_scale(model.config, scale)
         model.classifier.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
         if is_adapter and merge_adapter:
             options = dict(dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=quantization_config)
-            merge_trained(str(folder), tokenizer, **options).save_pretrained(output_dir)
+            merged = merge_trained(str(folder), tokenizer, **options)
+            set_scale(merged.config, scale)
+            merged.save_pretrained(output_dir)
             tokenizer.save_pretrained(output_dir)
         for written in {folder, output_dir}:
             fsync_folder(written)

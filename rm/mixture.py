@@ -15,8 +15,10 @@ from datasets import Dataset
 
 from rm.audit import count_in_train, fingerprint, pooled_counts
 from rm.data import HASH_COLUMNS, Pairs, arrays_of, tokenize_pairs
+from rm.formats import detect_format
 from rm.load import BUILDERS, DataError, Source, load_raw
 from rm.metrics import metric_names
+from rm.render import FROM_TEXT
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,8 @@ def load_pairs(
     max_eval_samples: int | None = None,
     seed: int = 0,
     only_evaluation: bool = False,
+    text_as_conversation: bool | None = None,
+    trained_on_conversations: bool = False,
     **options: Any,
 ) -> tuple[PairSets | None, PairSets]:
     """The train and the test pairs; `options` are those of `tokenize_pairs`.
@@ -101,6 +105,8 @@ def load_pairs(
         dataset_weights: passes over each train set in an epoch, see `draw`. None: 1.
         dataset_config, eval_dataset_config: a configuration for each of them, or None.
         max_train_samples, max_eval_samples: use the first N pairs of each data set.
+        text_as_conversation: see `tokenize_pairs`. None: no for train pairs, and for test pairs if all train pairs are
+            conversations; without train pairs, if the model was `trained_on_conversations`.
     """
 
     def read(named: dict, split: str, max_samples: int | None = None, only_split: bool = False) -> dict[str, Source]:
@@ -120,9 +126,20 @@ def load_pairs(
             train = read(named, dataset_train_split, max_train_samples)
         only_split = only_evaluation or eval_dataset_name is not None
         test = read(named_test, dataset_test_split, max_eval_samples, only_split)
+    for source in (*train.values(), *test.values()) if text_as_conversation else ():
+        if detect_format(source)[0] == "text_implicit_prompt":
+            fix = "give the prompts in a column of their own, or set text_as_conversation to false"
+            raise DataError(f"{source.name}: text without a column 'prompt' cannot be made a conversation; {fix}")
+    options["text_as_conversation"] = bool(text_as_conversation)
     train = {name: tokenize_pairs(source, tokenizer, **options) for name, source in train.items()}
     mixture = mix(train, dataset_weights or [1.0] * len(train), seed) if train else None
+    if text_as_conversation is None:
+        are_conversations = all(pairs.format.startswith("conversation") for pairs in train.values())
+        options["text_as_conversation"] = are_conversations if train else trained_on_conversations
     test = as_one({name: tokenize_pairs(source, tokenizer, **options) for name, source in test.items()})
+    if text_as_conversation is None and train and any(pairs.format == FROM_TEXT for pairs in test.sets.values()):
+        fix = "text_as_conversation=false leaves them text"
+        logger.info("evaluation data of text were made conversations, as the training data are; %s", fix)
     if mixture is not None:
         _count_in_train(mixture, test)
     return mixture, test

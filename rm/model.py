@@ -182,14 +182,20 @@ def use_liger_kernels(model: RewardModel, kernel_config: dict[str, bool] | None)
     return lambda: vars(module).update(before)
 
 
-def check_positions(model: RewardModel, longest: int) -> None:
-    """Raise `ModelError` if `longest` tokens do not fit a learned table of positions (GPT-2, OPT, BERT)."""
+def max_positions(model: RewardModel) -> int | None:
+    """Tokens for which a learned table has positions (GPT-2, OPT, BERT); None for models that compute positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    learned = any(
-        isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
-        for name, module in model.named_modules()
-    )
-    if learned and limit and longest > limit:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
+            # RoBERTa's positions begin after its padding index
+            return limit and limit - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def check_positions(model: RewardModel, longest: int) -> None:
+    """Raise `ModelError` if `longest` tokens do not fit a learned table of positions."""
+    limit = max_positions(model)
+    if limit and longest > limit:
         raise ModelError(f"sequences have up to {longest} tokens, the model {limit} positions: set max_length")
 
 

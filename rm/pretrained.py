@@ -124,6 +124,7 @@ def load_classifier(
     if is_classifier and config.num_labels != NUM_OUTPUTS and not has_no_weights(name):
         raise ModelError(f"'{name}' is a classifier with {config.num_labels} labels; a reward model has {NUM_OUTPUTS}")
     config.num_labels = NUM_OUTPUTS
+    config.problem_type = "regression"  # so that who serves the model puts no sigmoid on the reward (pipeline, vLLM)
 
     torch.manual_seed(seed)  # before any weight is drawn
     options |= dict(config=config, dtype=dtype)

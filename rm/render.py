@@ -19,6 +19,7 @@ import pyarrow as pa
 from rm.load import one_line
 
 SIDES = ("chosen", "rejected")
+FROM_TEXT = "conversation_from_text"  # the format of text_explicit_prompt that is made a conversation
 RENDER_SECONDS = 20  # for the texts of one side of one piece (`rm.encode.PIECE`); a real template takes 0.1
 RENDER_BYTES = 4 << 30  # which a template may add to the process
 ADDED_CHARACTERS = 1_000_000  # by which a text may be longer than 10 times its messages
@@ -116,21 +117,31 @@ def _texts(batch, rows: list[int], recipe: Recipe) -> tuple[list[list[str]], lis
 def _rendered(batch, rows: list[int], tokenizer, recipe: Recipe) -> tuple[list[list[str]], list[bool]]:
     """The conversations of both sides as the chat template renders them, and whether an answer is blank."""
     parts = {name: column_values(batch, name) for name in recipe.columns}
-    names = parts if recipe.format == "conversation_explicit_prompt" else SIDES
+    if recipe.format == FROM_TEXT:
+        parts = {name: _messages_of(parts[name], name, rows) for name in parts}
+    names = parts if recipe.format in ("conversation_explicit_prompt", FROM_TEXT) else SIDES
     for name in names:
-        _check_messages(parts[name], name, rows)
+        check_messages(parts[name], name, rows)
         parts[name] = [without_none(messages) for messages in parts[name]]
     conversations = [parts[side] for side in SIDES]
-    blank = [_is_blank(chosen[-1]) or _is_blank(rejected[-1]) for chosen, rejected in zip(*conversations, strict=True)]
+    blank = [is_blank(chosen[-1]) or is_blank(rejected[-1]) for chosen, rejected in zip(*conversations, strict=True)]
     if "prompt" in names:
         conversations = [[a + b for a, b in zip(parts["prompt"], side, strict=True)] for side in conversations]
     elif "prompt" in parts:
         _check_redundant_prompt(parts, rows)
     variables = _template_variables(batch, rows, recipe)
-    return [_render(side, variables, rows, tokenizer) for side in conversations], blank
+    return [render_conversations(side, variables, rows, tokenizer) for side in conversations], blank
 
 
-def _check_messages(column: list, name: str, rows: list[int]) -> None:
+def _messages_of(texts: list, name: str, rows: list[int]) -> list[list[dict]]:
+    """Every text as a conversation of one message, the user's if `name` is the prompt, or else the assistant's."""
+    role = "user" if name == "prompt" else "assistant"
+    return [
+        [{"role": role, "content": text}] for text in expect(texts, (str,), name, rows, "text, as in the other rows")
+    ]
+
+
+def check_messages(column: list, name: str, rows: list[int]) -> None:
     """Raise `RowError` unless every value is a list of one message or more, each with a role and a content."""
     expect(column, (list,), name, rows, "a list of messages, as in the other rows")
     for row, messages in zip(rows, column, strict=True):
@@ -155,7 +166,7 @@ def _check_redundant_prompt(parts: dict[str, list], rows: list[int]) -> None:
             raise RowError(row, f"'prompt' is text, but not a message of 'chosen' and 'rejected'; {fix}")
 
 
-def _is_blank(message: dict) -> bool:
+def is_blank(message: dict) -> bool:
     content = message.get("content") or ""
     return not (content.strip() if isinstance(content, str) else content) and not message.get("tool_calls")
 
@@ -179,7 +190,7 @@ def _template_variables(batch, rows: list[int], recipe: Recipe) -> list[dict]:
     return [{"tools": tools or None, **recipe.chat_template_kwargs, **own} for tools, own in zip(*columns, strict=True)]
 
 
-def _render(conversations: list, variables: list[dict], rows: list[int], tokenizer) -> list[str]:
+def render_conversations(conversations: list, variables: list[dict], rows: list[int], tokenizer) -> list[str]:
     """The texts. A template comes with the model and may loop or grow for ever: it gets a time and a memory."""
     try:
         with memory_limit(RENDER_BYTES), time_limit(RENDER_SECONDS):  # so that no alarm comes while memory is set back

@@ -1,53 +1,271 @@
-"""Rewards of any number of answers to a prompt, the prompt computed once."""
+"""Rewards for what a file holds: JSON lines in, JSON lines out.
+
+python -m rm.score --model OUT --input x.jsonl --output y.jsonl       # again: goes on where it was
+zcat x.jsonl.gz | python -m rm.score --model OUT > y.jsonl
+python -m rm.score --help
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import signal
+import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+import transformers
+from tqdm import tqdm
 
-from rm.attention import block_size
-from rm.batching import plan_micro_batches
-from rm.collate import Batch, Tree, collate_trees
-from rm.forward import score_batch
+from rm.answers import answer_lines, is_same
+from rm.command_line import split_arguments, take_option
+from rm.config import ConfigError, RewardConfig
+from rm.forward import LayoutError
+from rm.items import ItemError, family_of
+from rm.launch import processes_asked_for
+from rm.load import DataError
+from rm.model import ModelError
+from rm.normalization import read_scale
+from rm.precision import set_tf32
+from rm.pretrained import check_folder, find_adapter, load_tokenizer
+from rm.quantization import QUANTIZATION_OPTIONS
+from rm.redact import safe_line
+from rm.saved import conversations_from_text, load_saved, recorded_config
+from rm.scorer import Scorer, score_trees
+from rm.stream import Signals, Stopped, die_of, open_input, open_output, parse_line, read_lines, read_output, to_line
+
+__all__ = ["load_scorer", "score_trees"]
+logger = logging.getLogger(__name__)
+
+# of RewardConfig's options those that act here; what is not given is as in training
+OPTIONS = [
+    *("max_length overlength add_eos text_as_conversation chat_template_kwargs micro_batch_tokens".split()),
+    *("layout mixed_precision eval_dtype tf32 trust_remote_code".split()),
+    *QUANTIZATION_OPTIONS,
+]
+OWN_OPTIONS = {
+    "model": "the output folder of a run, or a hub name",
+    "input": "JSON lines, also .gz; -, or nothing: stdin",
+    "output": "file to append to, after the lines that it has; -, or nothing: stdout",
+    "normalize": "give (r - mean) / std, over answers of the training set, instead of the reward r (true, false)",
+    "only_rewards": "leave the input's own keys out of the output, but for id (true, false)",
+    "window_size": "lines read, sorted by length, scored and written at a time (256); no reward depends on it",
+}
 
 
-@torch.no_grad()
-def score_trees(
-    model: nn.Module,
-    trees: Sequence[Tree],
-    *,
-    layout: str,
-    micro_batch_tokens: int,
-    pad_token_id: int,
-    device: torch.device,
-) -> list[np.ndarray]:
-    """Rewards of the N sequences of every tree, float32 [N] each, in the order given.
+def load_scorer(model: str, *, normalize: bool = False, **options: Any) -> Scorer:
+    """A saved reward model, ready to score: `load_scorer("runs/my_run").rewards([{"prompt": …, "responses": […]}])`.
+
+    The rewards are those of `rm.evaluate`: what the run's own config.yaml says decides (of a model from elsewhere:
+    the defaults), on the accelerator if there is one.
 
     Args:
-        model: a `RewardModel`, prepared or not; it is put into eval mode for the call.
-        trees: a common prompt and its answers, as token ids (`Tree(prompt, answers)`); N may differ from tree to tree.
-        layout: "shared_prefix" or "concatenated"; `rm.forward.resolve_layout` says which the model can do.
-        micro_batch_tokens: padded tokens of one forward pass; a larger tree runs alone.
+        model: the output folder of a run, or a hub name.
+        normalize: give (r - mean) / std, over answers of the training set.
+        options: of `RewardConfig`, those in `OPTIONS`. `max_length` is no limit unless it is given here, and
+            `micro_batch_tokens` twice the training's, or its `eval_micro_batch_tokens`.
+
+    Raises:
+        ConfigError, ModelError, LayoutError: one line.
     """
-    sizes = [len(tree) for tree in trees]
-    if layout == "concatenated":
-        sizes = [len(tree.branches) * (len(tree.prefix) + max(map(len, tree.branches))) for tree in trees]
-    indices, block = np.arange(len(trees)), block_size(model)
-    (plan,) = plan_micro_batches(indices, np.asarray(sizes), layout, micro_batch_tokens, block_size=block)
-    rewards: list[np.ndarray] = [np.empty(0)] * len(trees)
-    was_training, empty = model.training, torch.zeros(0)
-    model.eval()
-    for micro_batch in plan:
-        rows = [[trees[i] for i in row] for row in micro_batch.rows]
-        tensors = collate_trees(rows, layout, pad_token_id, micro_batch.pad_to_multiple_of)
-        batch = Batch(**tensors, margin_B=empty, weight_B=empty, index_B=empty).to(device)
-        scored = score_batch(model, batch).cpu().numpy()
-        order = [i for row in micro_batch.rows for i in row]
-        ends = np.cumsum([len(trees[i].branches) for i in order])
-        for i, values in zip(order, np.split(scored, ends[:-1]), strict=True):
-            rewards[i] = values
-    model.train(was_training)
-    return rewards
+    for name in options:
+        if name not in OPTIONS:
+            raise ConfigError(f"{name}: cannot act in scoring; there are {', '.join(OPTIONS)}")
+    given = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+    config = recorded_config(model, ["dataset_name=toy", *given])  # no data set is read
+    set_tf32(config.tf32)
+    tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+    saved, tolerance = load_saved(config, tokenizer)
+    scale = read_scale(model, saved.config, is_adapter=find_adapter(model) is not None) if normalize else None
+    has_accelerator = torch.accelerator.is_available()
+    budget = config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens
+    return Scorer(
+        saved,
+        tokenizer,
+        device=torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu"),
+        layout=config.layout,
+        tolerance=tolerance,
+        micro_batch_tokens=config.micro_batch_tokens if "micro_batch_tokens" in options else budget,
+        autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision),
+        weights=config.eval_dtype,
+        scale=scale and (scale["reward_mean"], scale["reward_std"]),
+        add_eos=config.add_eos,
+        text_as_conversation=conversations_from_text(config, tokenizer)[0],
+        chat_template_kwargs=config.chat_template_kwargs,
+        max_length=config.max_length if "max_length" in options else None,
+        overlength=config.overlength if "overlength" in options else "drop",
+    )
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(argv: list[str]) -> int:
+    """Score the input; returns the exit code, 0, or 1 if there are lines and none could be scored."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text())
+        return 0
+    model, source, target, flags, options = _parse(argv)
+    end, records = read_output(target) if target else (0, [])
+    scorer = load_scorer(model, normalize=flags["normalize"], **options)
+    logger.info(f"{model}: {scorer.layout} ({scorer.reason}) on {scorer.device}")
+    signals, started = Signals(), time.perf_counter()
+    stream, raw = open_input(source)
+    lines = read_lines(stream, source or "stdin")
+    done = records[-1]["line"] if records else 0
+    if records:
+        lines = _skip(scorer, lines, records, target, source, flags["only_rewards"])
+        logger.info(f"{target}: has the lines up to {done}")
+    file = open_output(target, end) if target else sys.stdout.buffer
+    size = os.path.getsize(source) if source else None
+    num_lines = num_errors = num_tokens = 0
+    first_error = None
+    try:
+        with tqdm(total=size, unit="B" if source else "line", unit_scale=True, dynamic_ncols=True) as bar:
+            while window := list(itertools.islice(lines, flags["window_size"])):
+                answered = answer_lines(scorer, window, flags["only_rewards"])
+                with signals.held():
+                    _write(file, b"".join(to_line(record) for record, _ in answered))
+                    done = window[-1][0]
+                errors = [record for record, _ in answered if "error" in record]
+                first_error = first_error or next(iter(errors), None)
+                num_lines, num_errors = num_lines + len(window), num_errors + len(errors)
+                num_tokens += sum(tokens for _, tokens in answered)
+                if num_lines == len(window):
+                    made = scorer.encoding["text_as_conversation"]
+                    warn_of_family(window, trained_families(model), made)
+                bar.update(raw.tell() - bar.n if source else len(window))
+                speed = num_tokens / (time.perf_counter() - started)
+                bar.set_postfix_str(f"{num_lines:,} lines, {num_errors:,} errors, {speed:,.0f} tokens/s")
+    except Stopped as stopped:
+        again = "; the same command goes on there" if target and source else ""
+        print(f"stopped after line {done}{again}", file=sys.stderr)
+        die_of(stopped.args[0])
+    seconds = time.perf_counter() - started
+    said = f"{num_lines:,} lines, {num_errors:,} errors, {num_tokens:,} tokens in {seconds:.1f} s"
+    said += f" ({num_tokens / seconds:,.0f} tokens/s)"
+    if first_error:
+        said += f"; the first error, line {first_error['line']}: {first_error['error']}"
+    print(safe_line(said), file=sys.stderr)
+    return 1 if num_lines and num_errors == num_lines and not records else 0
+
+
+def _parse(argv: list[str]) -> tuple[str, str | None, Path | None, dict[str, Any], dict[str, Any]]:
+    """(model, input or None, output or None, flags, options of `load_scorer`); all that can be wrong before loading."""
+    given, rest = {}, argv
+    for name in OWN_OPTIONS:
+        given[name], rest = take_option(rest, name, is_flag=name in ("normalize", "only_rewards"))
+    files, options = split_arguments(rest)
+    if files:
+        raise ConfigError("--config: the run's own is read; give options on the command line")
+    if unknown := [name for name in options if name not in OPTIONS]:
+        raise ConfigError(f"command line: {unknown[0]} cannot act in scoring; see python -m rm.score --help")
+    if given["model"] is None:
+        raise ConfigError("command line: --model FOLDER is needed: the output folder of a run, or a hub name")
+    if options.get("overlength") == "truncate_left" and "max_length" not in options:
+        logger.info("overlength=truncate_left without max_length: cuts what is longer than the model's positions")
+    size = given["window_size"] or "256"
+    if not size.isdecimal() or int(size) == 0:
+        raise ConfigError(f"command line: window_size={size!r} does not fit; expected a number of lines")
+    if processes_asked_for() > 1:
+        raise ConfigError("scoring runs in one process; split the input and start a process for each part")
+    check_folder(given["model"])
+    source, target = (None if given[name] in (None, "-") else given[name] for name in ("input", "output"))
+    if source is None and given["input"] is None and sys.stdin.isatty():
+        raise ConfigError("command line: --input FILE is needed, or lines on stdin")
+    if source is not None and not Path(source).is_file():
+        raise DataError(f"--input={source}: there is no such file")
+    if target is not None:
+        if not Path(target).absolute().parent.is_dir():
+            raise DataError(f"--output={target}: its folder does not exist; make it first")
+        if Path(target).is_dir() or target.endswith(".gz"):
+            raise DataError(f"--output={target}: is no plain file to append to; give another name")
+        if source is not None and Path(target).exists() and os.path.samefile(source, target):
+            raise DataError(f"--output={target}: is the input; give another name")
+    flags = {"normalize": bool(given["normalize"]), "only_rewards": bool(given["only_rewards"])}
+    return given["model"], source, Path(target) if target else None, flags | {"window_size": int(size)}, options
+
+
+def _write(file: Any, data: bytes) -> None:
+    """All bytes, now; an unbuffered file may take a part of them only."""
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
+    file.flush()
+
+
+def _skip(scorer: Scorer, lines, records: list[dict], target: Path, source: str | None, only_rewards: bool):
+    """The lines after those that the output has. Raises `DataError` if it is not this model's output to this input.
+
+    The records at both its ends are made again and compared.
+    """
+    other = "it is of another input, model or options; give another --output, or remove it"
+    known, checked, last = {record["line"]: record for record in records}, [], 0
+    while last < records[-1]["line"]:
+        number, line = next(lines, (None, None))
+        if number is None or number > records[-1]["line"]:
+            raise DataError(f"{target}: has line {records[-1]['line']}, {source or 'stdin'} has not; {other}")
+        last = number
+        if number in known:
+            checked.append((number, line))
+    for again, _ in answer_lines(scorer, checked, only_rewards):
+        if not is_same(known[again["line"]], again, scorer):
+            raise DataError(f"{target}: line {again['line']} of the input would be answered otherwise now; {other}")
+    return lines
+
+
+def trained_families(model: str) -> set[str]:
+    """What a run was trained on, "text", "conversation" or "tokenized", from its data_report.json; empty if unknown."""
+    try:
+        formats = json.loads((Path(model) / "data_report.json").read_text(encoding="utf-8"))["train"]["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {name.split("_")[0] for name in formats.split(", ")}
+
+
+def warn_of_family(window: Sequence[tuple[int, bytes | None]], trained: set[str], text_as_conversation: bool) -> None:
+    """Warn of the first text for a model that was trained on conversations alone, or the other way round."""
+    for number, line in window if trained in ({"text"}, {"conversation"}) else ():
+        try:
+            family = family_of(parse_line(number, line), text_as_conversation)
+        except ItemError:
+            continue
+        if family not in trained | {"tokenized"}:
+            how = "as they are, without the chat template" if family == "text" else "by the chat template"
+            text = f"line {number} is {family}, the model was trained on {trained.pop()}; such lines are scored {how}"
+            return tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def help_text() -> str:
+    fields = {field.name: field.metadata["help"] for field in dataclasses.fields(RewardConfig)}
+    lines = [__doc__.split("\n")[0], "", "usage: python -m rm.score --model OUT [--input FILE] [--output FILE] ...", ""]
+    lines += [f"  --{name}  {text}" for name, text in OWN_OPTIONS.items()]
+    lines += ["", "Options of the training, by default as they were then (max_length: none, whatever it was):", ""]
+    lines += [f"  --{name}  {fields[name]}" for name in OPTIONS]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ConfigError, DataError, ModelError, LayoutError) as error:
+        sys.exit(print(safe_line(f"error: {error}"), file=sys.stderr) or 2)
+    except BrokenPipeError:  # nobody reads stdout any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        print(safe_line(f"error: the output cannot be written ({error.strerror})"), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        die_of(signal.SIGINT)
+    except Stopped as stopped:  # while the model was loaded, or lines were skipped
+        die_of(stopped.args[0])

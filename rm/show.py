@@ -69,6 +69,14 @@ def metrics_table(metrics: Mapping[str, float], intervals: Mapping[str, tuple], 
     return table
 
 
+def score_table(metrics: Mapping[str, float], intervals: Mapping[str, tuple], title: str) -> Table:
+    """All metrics that `intervals` has, fractions, by their whole names."""
+    table = _table(title, ("score (fraction)", "value", "95% interval"), right=(1, 2))
+    for name, ends in intervals.items():
+        table.add_row(Text(name), number(metrics[name]), interval(ends))
+    return table
+
+
 def breakdown_table(name: str, part: Sequence[Mapping]) -> Table:
     """One of the parts that `rm.breakdown.breakdowns` returns."""
     columns = (
@@ -98,9 +106,7 @@ def comparison_table(values: Mapping[str, float], intervals: Mapping[str, tuple]
     for name in ("agreement", "only_this_right", "only_other_right"):
         value, ends = values[f"compare/{name}"], intervals.get(f"compare/{name}")
         table.add_row(name, number(value), "", "", interval(ends))
-    table.caption = (
-        "agreement: share of pairs that both order alike; only_this_right: that only this model has right"
-    )
+    table.caption = "agreement: share of pairs that both order alike; only_this_right: that only this model has right"
     table.caption_justify = "left"
     return table
 

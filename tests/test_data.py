@@ -637,7 +637,7 @@ def test_shared_prefix_leaves_each_side_a_token(chosen, rejected, length):
     ],
 )
 def test_truncate_left(chosen, rejected, bos, want):
-    got = truncate_left(*arrays(chosen, rejected), 4, bos)
+    got = truncate_left(arrays(chosen, rejected), 4, bos)
     assert tuple(ids.tolist() for ids in got) == want
 
 
