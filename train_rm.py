@@ -81,6 +81,7 @@ from rm.run_dir import (
     refuse_own_origin,
 )
 from rm.table import pair_table, read_table, with_rewards, write_table
+from rm.trace import trace_pairs
 from rm.tracking import RunLog, prepare_trackers
 from rm.visualize_samples import visualize_samples, write_records
 
@@ -376,27 +377,25 @@ def main(argv: list[str]) -> dict:
         resume_lines=done["metrics_lines"],
     )
 
-    def score(pairs) -> np.ndarray:
-        """Rewards (chosen, rejected) of tokenized pairs, [n, 2]. Collective."""
-        return evaluate_rewards(
-            model,
-            accelerator,
-            pairs,
-            layout=layout,
-            micro_batch_tokens=config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    passes = {  # of forward passes without gradients
+        "layout": layout,
+        "micro_batch_tokens": config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    score = partial(evaluate_rewards, model, accelerator, **passes)  # rewards of tokenized pairs, [n, 2]; collective
+    trace = partial(trace_pairs, model, accelerator, **passes)  # rewards along the answers of some pairs; collective
 
     def evaluate(step: int) -> dict[str, float]:
         """Score the held-out pairs, log the metrics, show the samples. Collective."""
+        shown = eval_pairs.first_of_each(config.num_print_samples)
         with cast_weights(model, config.eval_dtype):
             rewards = score(eval_pairs.dataset)
+            traces = trace(eval_pairs, shown)
         table = with_rewards(eval_table, rewards)
         metrics = to_metrics(table)
         if accelerator.is_main_process:
             write_table(table, output_dir / "eval" / f"step-{step}.parquet")
             run_log.log(metrics, step)
-            shown = eval_pairs.first_of_each(config.num_print_samples)
             with bar.external_write_mode():
                 visualize_samples(
                     [eval_pairs.texts(i) for i in shown],
@@ -408,6 +407,7 @@ def main(argv: list[str]) -> dict:
                     output_dir=output_dir,
                     run_log=run_log,
                     margins=table["data_margin"].to_numpy()[shown] if table["data_margin"].any() else None,
+                    traces=traces,
                     num_print_samples=len(shown),
                 )
         return metrics

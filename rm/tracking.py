@@ -143,6 +143,14 @@ class RunLog:
             text = utf8(markdown(columns, rows))
             self._threads["tensorboard"].call("table", self._tracker("tensorboard").log, {name: text}, step)
 
+    def html(self, name: str, page: str, step: int) -> None:
+        """Show an HTML page as of step `step`: a W&B Html, nothing in other trackers."""
+        if "wandb" in self._threads:
+            import wandb
+
+            log, page = self._tracker("wandb").log, utf8(page)
+            self._threads["wandb"].call("html", lambda: log({name: wandb.Html(page, inject=False), "train/step": step}))
+
     def summary(self, metrics: dict[str, Any]) -> None:
         """Set the final values that W&B shows for the run; they add nothing to its history."""
         if "wandb" in self._threads:

@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rm.files import write_text
+from rm.strips import JOINERS, sparkline, strips_page
 
 PROMPT_LINES, ANSWER_LINES = 3, 4  # lines of the terminal, about, to which a text is shortened
-JOINERS = "\u200c\u200d"  # invisible, harmless, and part of many words and emoji
+TRACES = ("trace_chosen", "trace_rejected")  # of a record
 
 
 def visualize_samples(
@@ -34,11 +35,13 @@ def visualize_samples(
     run_log: Any = None,
     num_print_samples: int = 4,
     margins: Sequence[float] | None = None,
+    traces: Sequence[tuple[list, list] | None] | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Show the first pairs with their rewards: a table on the terminal, the whole texts in
     `output_dir/samples/step-N.jsonl` and in the W&B Table `eval/samples`. On one process, and with the same pairs
-    every time.
+    every time. With `traces` also the reward along each answer: bars on the terminal, coloured text in the W&B page
+    `eval/strips`.
 
     Args:
         texts: "prompt", "chosen" and "rejected" of each pair; the answers without the prompt.
@@ -49,27 +52,33 @@ def visualize_samples(
         run_log: a `RunLog`, for its `table`. None: no tracker.
         num_print_samples: how many pairs to show. -1: all; 0: off, nothing is written either.
         margins: margins that the data gives, float [B], shown as `data_margin`. None: not shown.
+        traces: the reward along both answers of each pair, or None for a pair without; a trace is
+            [[piece of text, reward after it], ...], see `rm.trace.trace_pairs`. None, or no pair's: not shown.
         console: where to print. None: standard output.
 
     Returns:
         The records, with id, step, set if given, prompt, chosen, rejected, reward_chosen, reward_rejected, and
         p_chosen: probability that chosen is better, sigmoid(margin) (Bradley-Terry);
         margin: reward_chosen - reward_rejected; data_margin if given;
-        correct: "right", "wrong" or "tie" as chosen has the higher, the lower or the same reward; "nan".
+        correct: "right", "wrong" or "tie" as chosen has the higher, the lower or the same reward; "nan";
+        trace_chosen, trace_rejected: if given for the pair.
 
     Raises:
         ValueError: the sequences differ in length, or `num_print_samples` is below -1.
     """
     if num_print_samples < -1:
         raise ValueError(f"num_print_samples={num_print_samples}: must be a count, -1 (all) or 0 (off)")
-    records = sample_records(texts, chosen, rejected, ids=ids, sets=sets, step=step, margins=margins)
+    records = sample_records(texts, chosen, rejected, ids=ids, sets=sets, step=step, margins=margins, traces=traces)
     records = records if num_print_samples == -1 else records[:num_print_samples]
     if records:
         write_records(Path(output_dir) / "samples" / f"step-{step}.jsonl", records)
         console = console or Console()
         console.print(reward_table(records, console))
         if run_log is not None:
-            run_log.table("eval/samples", list(records[0]), [list(record.values()) for record in records], step)
+            columns = [name for name in records[0] if name not in TRACES]
+            run_log.table("eval/samples", columns, [[record[name] for name in columns] for record in records], step)
+            if traced := [record for record in records if "trace_chosen" in record]:
+                run_log.html("eval/strips", strips_page(traced), step)
     return records
 
 
@@ -82,11 +91,14 @@ def sample_records(
     sets: Sequence[str] | None = None,
     step: int | None = None,
     margins: Sequence[float] | None = None,
+    traces: Sequence[tuple[list, list] | None] | None = None,
 ) -> list[dict[str, Any]]:
     """The records that `visualize_samples` describes, one for each pair."""
-    lengths = {len(column) for column in (texts, chosen, rejected, ids, sets, margins) if column is not None}
+    traces = traces or None
+    columns = (texts, chosen, rejected, ids, sets, margins, traces)
+    lengths = sorted({len(column) for column in columns if column is not None})
     if len(lengths) != 1:
-        raise ValueError(f"texts, chosen, rejected, ids, sets and margins must have one length, got {sorted(lengths)}")
+        raise ValueError(f"texts, chosen, rejected, ids, sets, margins and traces must have one length, got {lengths}")
     records = []
     for i in range(len(texts)):
         margin = float(chosen[i]) - float(rejected[i])
@@ -96,6 +108,7 @@ def sample_records(
         record |= {"p_chosen": 0.5 + 0.5 * math.tanh(margin / 2), "margin": margin}  # sigmoid(margin), no overflow
         record |= {} if margins is None else {"data_margin": float(margins[i])}
         record["correct"] = "right" if margin > 0 else "wrong" if margin < 0 else "tie" if margin == 0 else "nan"
+        record |= dict(zip(TRACES, (traces and traces[i]) or (), strict=False))
         records.append(record)
     return records
 
@@ -126,25 +139,32 @@ def reward_table(records: list[dict[str, Any]], console: Console, title: str | N
         lefts[-1].append(f"margin {r['margin']:+.3f}")
         if "data_margin" in r:
             lefts[-1].append(f"data   {r['data_margin']:+.3f}")
-    width = max(10, console.width - max(cell_len(line) for left in lefts for line in left) - 24)  # of the text column
+    numbers = max(7, *(len(f"{r[f'reward_{side}']:+.3f}") for r in records for side in ("chosen", "rejected")))
+    beside = max(cell_len(line) for left in lefts for line in left) + len("rejected") + numbers + 11  # with the gaps
+    width = max(10, console.width - beside)  # of the text column
 
+    caption = "margin = reward of chosen - reward of rejected, P = sigmoid(margin); compare rewards in a pair only"
+    all_bars = [pair_bars(r, width, unicode) for r in records]
+    if any(map(any, all_bars)):
+        caption += "; bars: reward after each token, from the prompt's end; only the last one is trained"
     right = sum(r["correct"] == "right" for r in records)
     shown = f"chosen has the higher reward in {right} of {len(records)} pairs shown"
     table = Table(
         title=title or f"Step {records[0]['step']}: {shown}",
-        caption="margin = reward of chosen - reward of rejected, P = sigmoid(margin); compare rewards in a pair only",
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=HORIZONTALS,
         pad_edge=False,
         expand=True,
     )
-    table.add_column("pair", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    overflow = "ellipsis" if unicode else "crop"  # where the terminal is too narrow
+    table.add_column("pair", no_wrap=True, overflow=overflow)
+    table.add_column("", no_wrap=True, overflow=overflow)
     table.add_column("text", ratio=1, overflow="fold", min_width=10)
-    table.add_column("reward", justify="right", no_wrap=True, min_width=7)
+    table.add_column("reward", justify="right", no_wrap=True, overflow=overflow, min_width=7)
     shown_set = None
-    for r, left in zip(records, lefts, strict=True):
+    for r, left, bars in zip(records, lefts, all_bars, strict=True):
         if r.get("set") != shown_set:
             shown_set = r["set"]
             table.add_row("", Text("set", "dim"), Text(plain(shown_set), "bold"), "", end_section=True)
@@ -154,8 +174,8 @@ def reward_table(records: list[dict[str, Any]], console: Console, title: str | N
             chosen, rejected = (dots + answer[same - width // 2 :] for answer in (chosen, rejected))
         cells = [
             ("prompt", end_of(prompt, PROMPT_LINES * width), ""),
-            ("chosen", start_of(chosen, ANSWER_LINES * width), f"{r['reward_chosen']:+.3f}"),
-            ("rejected", start_of(rejected, ANSWER_LINES * width), f"{r['reward_rejected']:+.3f}"),
+            ("chosen", start_of(chosen, ANSWER_LINES * width) + bars[0], f"{r['reward_chosen']:+.3f}"),
+            ("rejected", start_of(rejected, ANSWER_LINES * width) + bars[1], f"{r['reward_rejected']:+.3f}"),
             ("", "", ""),
         ]
         colour = {"right": "green", "wrong": "red"}.get(r["correct"], "yellow")
@@ -166,12 +186,25 @@ def reward_table(records: list[dict[str, Any]], console: Console, title: str | N
     return table
 
 
+def pair_bars(record: dict[str, Any], width: int, unicode: bool) -> list[str]:
+    """The lines of bars under both answers, on one scale; empty without traces, or where they do not fit."""
+    traces = [record[name] for name in TRACES if name in record]
+    rewards = [reward for trace in traces for _, reward in trace if math.isfinite(reward)] or [0.0]
+    options = {"width": width, "low": min(rewards), "high": max(rewards), "unicode": unicode}
+    lines = [sparkline(trace, **options) for trace in traces]
+    return [f"\n{line}" for line in lines] if lines and max(map(len, lines)) <= width else ["", ""]
+
+
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON object a line, all of them or no file. NaN and infinities become "nan", "inf" and "-inf"."""
-    lines = []
-    for record in records:
-        record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    rows = ({name: plain(value) for name, value in record.items()} for record in records)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     # UTF-8 has no half characters (lone surrogates), which data may hold; as backslash escapes they are valid JSON
     write_text(path, "".join(lines), errors="backslashreplace")

@@ -48,9 +48,18 @@ def assert_same_run(one, other, loss=1e-6, weight=1e-5):
     np.testing.assert_allclose(lines(one, "optim/grad_norm"), lines(other, "optim/grad_norm"), rtol=1e-4)
     assert lines(one, "optim/learning_rate") == lines(other, "optim/learning_rate")
     np.testing.assert_allclose(lines(one, "eval/loss"), lines(other, "eval/loss"), atol=1e-5)
+    np.testing.assert_allclose(*map(all_traces, (one, other)), atol=1e-4)
     a, b = weights(one), weights(other)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=weight, rtol=0, msg=name)
+
+
+def all_traces(folder) -> list[float]:
+    """The rewards along all answers in samples/."""
+    paths = sorted((folder / "samples").iterdir())
+    records = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    traces = [record[f"trace_{side}"] for record in records for side in ("chosen", "rejected")]
+    return [reward for trace in traces for _, reward in trace]
 
 
 def program(*options: str, launcher=(sys.executable,), cwd=None, script=ROOT / "train_rm.py"):

@@ -10,6 +10,7 @@ import wandb_files
 from runs import SMALL, assert_same_run, lines, reset_accelerate, weights
 
 import train_rm
+from rm.strips import strips_page
 
 
 def test_a_run_leaves_everything_it_promises(train):
@@ -162,4 +163,7 @@ def test_the_program_prints_one_json_line_last(zygote, tmp_path):
     assert "Traceback" not in done.stderr
     ((at, columns, rows),) = wandb_files.tables(wandb_files.run_dir(tmp_path / "out"), "eval/samples")
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "step-4.jsonl").read_text().splitlines()]
-    assert at["train/step"] == 4 and [dict(zip(columns, row, strict=True)) for row in rows] == samples
+    shown = [{name: value for name, value in sample.items() if not name.startswith("trace")} for sample in samples]
+    assert at["train/step"] == 4 and [dict(zip(columns, row, strict=True)) for row in rows] == shown
+    ((at, page),) = wandb_files.pages(wandb_files.run_dir(tmp_path / "out"), "eval/strips")
+    assert at["train/step"] == 4 and page == strips_page(samples)

@@ -23,6 +23,13 @@ TEXTS = [
     {"prompt": "fifth", "chosen": "a", "rejected": "b"},
 ]
 IDS = ["a", "b", "c", "d", "e"]
+TRACES = [
+    ([["", 0.0], [" Hello", -1.0], ["!", 1.5]], [["", 0.0], [" Go", 0.5], [" away", -1.0], [".", 0.5]]),
+    ([["2", -0.25]], [["3", 0.25]]),
+    None,
+    ([["", math.nan], ["yes", 1000.0]], [["", -1000.0]]),
+    ([["", 0.0], ["a", 0.0]], [["", 0.0], ["b", 1.0]]),
+]
 CHOSEN, REJECTED = [1.5, -0.25, 0.5, 1000.0, 0.0], [0.5, 0.25, 0.5, -1000.0, 1.0]
 
 
@@ -129,6 +136,41 @@ def test_terminal(tmp_path, width):
     assert len(rows) < 40
 
 
+@pytest.mark.parametrize("width", [64, 80, 120])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_bars(tmp_path, width, encoding):
+    """Under each answer, on one scale for a pair; what they are stands below the table; a line is never broken."""
+    long = ([["", -1.0], *([" a", 0.0] for _ in range(300)), [" end", 1500.25]], [["", -1.0], [" b", -1500.25]])
+    _, text = show(
+        tmp_path, chosen=[1.5, -0.25, 0.5, 1000.0, 1500.25], rejected=[0.5, 0.25, 0.5, -1000.0, -1500.25],
+        traces=[*TRACES[:4], long], num_print_samples=-1, width=width, encoding=encoding,
+    )  # fmt: skip
+    rows = [re.sub(r"\s+", " ", line).strip(" |") for line in text.splitlines()]
+    assert max(map(len, text.splitlines())) <= width
+    bars = [row for row in rows if re.fullmatch(r"(.*[| ])?[+-]\S+ \S+ [+-]\S+( \|)?", row) and "margin" not in row]
+    bars = [re.search(r"[+-]\S+ \S+ [+-][\d.]+", row)[0] for row in bars]
+    first = ["+0.00 ▄▁█ +1.50", "+0.00 ▄▅▁▅ +0.50", "-0.25 ▁ -0.25", "+0.25 █ +0.25"]
+    first += ["+nan ?█ +1000.00", "-1000.00 ▁ -1000.00"]
+    if encoding == "ascii":
+        first = [row.translate(str.maketrans("▁▂▃▄▅▆▇█", "_.:-=+*#")) for row in first]
+    assert bars[: len(first)] == first and len(bars) == len(first) + 2
+    assert "bars: reward after each token" in " ".join(rows) and "only the last one is trained" in " ".join(rows)
+    _, narrow = show(tmp_path, traces=TRACES[:5], width=40, encoding=encoding)
+    assert "bars" not in narrow and "▁" not in narrow
+    assert "bars" not in show(tmp_path)[1] and "bars" not in show(tmp_path, traces=[])[1]
+
+
+def test_traces_are_in_the_records_and_the_file(tmp_path):
+    records, _ = show(tmp_path, traces=TRACES, num_print_samples=-1)
+    assert [(r.get("trace_chosen"), r.get("trace_rejected")) for r in records] == [t or (None, None) for t in TRACES]
+    lines = (tmp_path / "samples" / "step-10.jsonl").read_text().splitlines()
+    written = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert written[3]["trace_chosen"] == [["", "nan"], ["yes", 1000.0]] and "trace_chosen" not in written[2]
+    assert written[0]["trace_rejected"] == TRACES[0][1]
+    with pytest.raises(ValueError, match=r"traces must have one length, got \[1, 5\]"):
+        show(tmp_path, traces=TRACES[:1])
+
+
 def test_terminal_shows_text_literally(tmp_path):
     """No markup, emoji code, escape sequence, bell or direction override in the data has any effect."""
     nasty = "[red]x[/red] :smile: [/] \x1b[31mred\x07 \u202eabc\r\nnext\tline \ud83d"
@@ -179,6 +221,7 @@ def test_wandb_table(tmp_path, monkeypatch):
         run_log.log({"eval/accuracy": scale}, step)
         chosen, rejected = np.float32(CHOSEN) * scale, np.float32(REJECTED) * scale
         options = {"run_log": run_log, "margins": [0.5] * 5, "num_print_samples": -1}
+        options["traces"] = TRACES if step == 20 else None
         expected.append(show(tmp_path, half, chosen, rejected, step=step, **options)[0])
     run_log.close()
     wandb.teardown()
@@ -192,8 +235,11 @@ def test_wandb_table(tmp_path, monkeypatch):
             "id step prompt chosen rejected reward_chosen reward_rejected p_chosen margin data_margin correct".split()
         )
         records[4]["prompt"] = "?"  # half a character has no place in UTF-8
-        assert [dict(zip(columns, row, strict=True)) for row in rows] == records
+        shown = [{name: value for name, value in record.items() if "trace" not in name} for record in records]
+        assert [dict(zip(columns, row, strict=True)) for row in rows] == shown
     assert tables[0][2][0][5:] == [1.5, 0.5, pytest.approx(0.7310586), 1.0, 0.5, "right"]
     assert tables[1][2][0][5:] == [-0.75, -0.25, pytest.approx(0.3775407), -0.5, 0.5, "wrong"]
+    ((line, page),) = wandb_files.pages(folder, "eval/strips")  # of the pairs that have traces
+    assert line["train/step"] == 20 and page.count("<h2>") == 4 and ">c: " not in page and page.count("<svg") == 8
     history = [(h["train/step"], h["eval/accuracy"]) for h in wandb_files.history(folder) if "eval/accuracy" in h]
     assert history == [(10, 1.0), (20, -0.5)]

@@ -73,3 +73,14 @@ def tables(folder: Path, name: str) -> list[tuple[dict, list, list]]:
             assert len(table["data"]) == line[f"{name}.nrows"]
             found.append((line, table["columns"], table["data"]))
     return found
+
+
+def pages(folder: Path, name: str) -> list[tuple[dict, str]]:
+    """(the other values of its history line, HTML) of every Html logged under `name`."""
+    found = []
+    for line in history(folder):
+        if line.get(f"{name}._type") == "html-file":
+            raw = (folder / "files" / line[f"{name}.path"]).read_bytes()
+            assert hashlib.sha256(raw).hexdigest() == line[f"{name}.sha256"]
+            found.append((line, raw.decode()))
+    return found
