@@ -589,6 +589,9 @@ def main(argv: list[str]) -> dict:
     sample = sample_of(len(train_pairs.dataset), config.num_normalization_samples, config.seed)
     with cast_weights(model, config.eval_dtype):
         scale = reward_scale(score(train_pairs.dataset.select(sample))) if len(sample) else None  # collective
+    if scale is not None:
+        said = "rewards of {reward_answers:,} training answers: mean {reward_mean:.3f}, std {reward_std:.3f}"
+        logger.info(said.format(**scale))
     with without_autocast(model):  # as transformers will serve it
         check = eval_pairs.dataset.select(range(min(8, len(eval_pairs.dataset))))
         check_rewards = score(check)  # collective

@@ -27,16 +27,14 @@ def is_best_of_n(dataset: Dataset) -> bool:
     return all(isinstance(kind, List | LargeList) and kind.feature in texts for kind in kinds)
 
 
-def best_of_n_table(
-    source: Source, scorer: Scorer, accelerator: Accelerator, *, text_as_conversation: bool
-) -> pd.DataFrame:
+def best_of_n_table(source: Source, scorer: Scorer, accelerator: Accelerator) -> pd.DataFrame:
     """One row a prompt: `id`, `subset` (if the data have it), `rewards` (float64 [N], chosen answers first) and
     `num_correct`, for `rm.rewardbench.best_of_n_metrics`. Collective: every process scores its share.
 
-    A prompt is text, made the user's message with `text_as_conversation`, or messages. What cannot be scored (an empty
-    answer, one that is too long) is left out, with a warning. Raises `DataError`.
+    A prompt is text or messages. What cannot be scored (an empty answer, one that is too long) is left out, with a
+    warning. Raises `DataError`.
     """
-    rows = [_item(source, i, text_as_conversation) for i in range(len(source.dataset))]
+    rows = [_item(source, i) for i in range(len(source.dataset))]
     share = range(accelerator.process_index, len(rows), accelerator.num_processes)
     scored = []
     for start in range(0, len(share), PIECE):
@@ -60,7 +58,7 @@ def best_of_n_table(
     return pd.DataFrame(kept)
 
 
-def _item(source: Source, row: int, text_as_conversation: bool) -> tuple[dict, dict]:
+def _item(source: Source, row: int) -> tuple[dict, dict]:
     """What the scorer reads of a row, and its other columns of the table."""
     values = source.dataset[row]
     prompt, answers = values.get("prompt"), []
@@ -74,8 +72,6 @@ def _item(source: Source, row: int, text_as_conversation: bool) -> tuple[dict, d
     if values.get("num_correct", num_correct) != num_correct:
         given = values["num_correct"]
         raise DataError(f"{source.row_name(row)}: 'num_correct' is {given}, but 'chosen' has {num_correct} answers")
-    if type(prompt) is str and text_as_conversation:
-        prompt = [{"role": "user", "content": prompt}]
     known = {"id": str(values.get("id", row)), "num_correct": num_correct}
     known |= {"subset": str(values["subset"])} if "subset" in values else {}
     return {"prompt": prompt, "responses": answers}, known

@@ -151,11 +151,12 @@ def evaluate_best_of_n(
         autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision),
         weights=config.eval_dtype,
         add_eos=config.add_eos,
+        text_as_conversation=as_conversation,
         chat_template_kwargs=config.chat_template_kwargs,
         max_length=max_length,
         overlength=config.overlength,
     )
-    return best_of_n_table(source, scorer, accelerator, text_as_conversation=as_conversation)
+    return best_of_n_table(source, scorer, accelerator)
 
 
 def evaluate_pairs(config: RewardConfig, accelerator: Accelerator) -> tuple[PairSets, pd.DataFrame]:

@@ -79,12 +79,11 @@ def encode_items(
         max_length, max_positions: tokens of a sequence that are wanted, and that the model can take. None: no limit.
         overlength: what happens to longer ones, an error ("drop"), or `rm.encode.truncate_left` ("truncate_left").
     """
-    read = [_caught(_read, item, chat_template_kwargs or {}, text_as_conversation) for item in items]
+    read = [_caught(_read, item, tokenizer, chat_template_kwargs or {}, text_as_conversation) for item in items]
     ids = iter(_token_ids([part for parts in read if type(parts) is list for part in parts], tokenizer, add_eos))
-    limits = dict(vocab_size=max(tokenizer.get_vocab().values()) + 1, bos=tokenizer.bos_token_id)
-    limits |= dict(max_length=max_length, overlength=overlength, max_positions=max_positions)
+    limits = dict(max_length=max_length, overlength=overlength, max_positions=max_positions)
     sequences = [{part.name: next(ids) for part in parts} if type(parts) is list else parts for parts in read]
-    return [found if isinstance(found, ItemError) else _caught(_tree, found, **limits) for found in sequences]
+    return [_caught(_tree, found, tokenizer, **limits) if type(found) is dict else found for found in sequences]
 
 
 def _caught(function: Callable, *arguments, **named) -> Any:
@@ -120,10 +119,12 @@ def _keys(item: Any) -> tuple[str, ...]:
     raise ItemError(f"{lacks[:200]}; give text, messages, prompt and response or responses, or chosen and rejected")
 
 
-def _read(item: Any, chat_template_kwargs: dict[str, Any], text_as_conversation: bool) -> list[_Part]:
+def _read(item: Any, tokenizer: Any, chat_template_kwargs: dict[str, Any], text_as_conversation: bool) -> list[_Part]:
     keys = _keys(item)
     if keys in MASKS:
-        return [_Part(key, _stored_ids(item, key, mask)) for key, mask in zip(keys, MASKS[keys], strict=True)]
+        return [
+            _Part(key, _stored_ids(item, key, mask, tokenizer)) for key, mask in zip(keys, MASKS[keys], strict=True)
+        ]
     prompt, answers = item.get("prompt"), {key: item[key] for key in keys if key != "prompt"}
     if "responses" in keys:
         if type(item["responses"]) is not list or not item["responses"]:
@@ -180,13 +181,16 @@ def _variables(item: dict, chat_template_kwargs: dict[str, Any]) -> dict[str, An
     return {"tools": without_none(item.get("tools")) or None, **chat_template_kwargs, **own}
 
 
-def _stored_ids(item: dict, name: str, mask_name: str) -> np.ndarray:
+def _stored_ids(item: dict, name: str, mask_name: str, tokenizer: Any) -> np.ndarray:
     """Token ids without the positions that the attention mask calls padding."""
     ids, mask = item[name], item.get(mask_name)
     if type(ids) is not list or any(type(i) is not int for i in ids) or not ids:
         raise ItemError(f"{name!r} is {describe(ids)}, expected a list of integers")
     if mask is not None and (type(mask) is not list or len(mask) != len(ids) or not set(map(str, mask)) <= {"0", "1"}):
         raise ItemError(f"{name!r} needs an attention mask of as many 0s and 1s as it has tokens")
+    last = max(tokenizer.get_vocab().values())
+    if bad := [i for i in ids if not 0 <= i <= last]:
+        raise ItemError(f"{name!r} has the token id {bad[0]}, the tokenizer 0 to {last}")
     return np.array([i for i, kept in zip(ids, mask or [1] * len(ids), strict=True) if kept], np.int64)
 
 
@@ -240,9 +244,8 @@ def _tokenize(texts: list[str], tokenizer: Any, add_special_tokens: bool, end: l
 
 def _tree(
     sequences: dict[str, np.ndarray | ItemError],
+    tokenizer: Any,
     *,
-    vocab_size: int,
-    bos: int | None,
     max_length: int | None,
     overlength: str,
     max_positions: int | None,
@@ -253,14 +256,11 @@ def _tree(
             raise ids if len(sequences) == 1 else ItemError(f"{name}: {ids}")
         if not len(ids):
             raise ItemError(f"{name!r} has no tokens")
-        if not 0 <= ids.min() <= ids.max() < vocab_size:
-            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
-            raise ItemError(f"{name!r} has the token id {bad}, the tokenizer 0 to {vocab_size - 1}")
         if len(ids) > limit and overlength == "drop":
             whose = "max_length allows" if limit == max_length else "the model has positions for"
             raise ItemError(f"{name!r} has {len(ids)} tokens, {whose} {limit}; overlength=truncate_left cuts the start")
     values = list(sequences.values())
     if max(map(len, values)) > limit:
-        values = truncate_left(values, int(limit), bos)
+        values = truncate_left(values, int(limit), tokenizer.bos_token_id)
     cut = shared_prefix_length(*values)
     return Tree(values[0][:cut], [ids[cut:] for ids in values])

@@ -18,6 +18,8 @@ from rm.items import ItemError, encode_items
 from rm.model import RewardModel, max_positions
 from rm.precision import cast_weights
 
+TREE_TOKENS = 512  # 30 answers of 60 tokens to a prompt of 120, SmolLM2 on a CPU: 0.87 of the time of one tree
+
 
 @torch.no_grad()
 def score_trees(
@@ -135,10 +137,17 @@ class Scorer:
         return np.split(rewards, ends[:-1]) if len(trees) else []
 
     def _cut(self, tree: Tree) -> list[Tree]:
-        """The tree in several, each with its prompt, so that one fits into a forward pass if a single answer does."""
+        """The tree in several, each with its prompt, so that one fits into a forward pass if a single answer does.
+
+        A kernel that computes a tree's whole square, though no answer sees another one, gets trees of `TREE_TOKENS`,
+        or of twice the prompt.
+        """
+        limit = self.micro_batch_tokens
+        if (block_size(self.model) or 1) == 1:
+            limit = min(limit, max(TREE_TOKENS, 2 * len(tree.prefix)))
         cuts, size = [[]], 0
         for branch in tree.branches:
-            if cuts[-1] and len(tree.prefix) + size + len(branch) > self.micro_batch_tokens:
+            if cuts[-1] and len(tree.prefix) + size + len(branch) > limit:
                 cuts.append([])
                 size = 0
             cuts[-1].append(branch)

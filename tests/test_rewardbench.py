@@ -112,9 +112,9 @@ def answers(*rows: tuple) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["id", "subset", "rewards", "num_correct"])
 
 
-TIES = (  # gap and spread of each: tied 1.0 and 0.5, ref 0.75
+TIES = (  # gap and spread of each: tied 1.0 and 0.5, ref 0.25
     ("tied:7", "Ties", [3.5, 3.0, 2.0, 1.0], 2),
-    ("ref:7", "Ties", [2.75, 2.0, 1.0], 1),
+    ("ref:7", "Ties", [2.25, 2.0, 1.0], 1),
     # tied 1.0 and 2.0, ref -1.0
     ("tied:8", "Ties", [4.0, 2.0, 1.0], 2),
     ("ref:8", "Ties", [1.0, 2.0], 1),
@@ -124,8 +124,8 @@ TIES = (  # gap and spread of each: tied 1.0 and 0.5, ref 0.75
 def test_ties_by_hand():
     metrics, _ = best_of_n_metrics(answers(*TIES))
     accuracy = {"tied": 2 / 2, "ref": 1 / 2}
-    preferred, preferred_hard = 1 / 2, 1 / 2
-    margin = (math.tanh(0.75 / 0.5 - 1) + math.tanh(-1.0 / 2.0 - 1)) / 2
+    preferred, preferred_hard = 1 / 2, 0 / 2
+    margin = (math.tanh(0.25 / 0.5 - 1) + math.tanh(-1.0 / 2.0 - 1)) / 2
     want = 0.3 * accuracy["tied"] + 0.3 * accuracy["ref"] + 0.2 * (preferred + preferred_hard) + 0.01 * margin
     assert metrics["eval/rewardbench2/ties"] == pytest.approx(want)
     assert metrics["eval/Ties/accuracy"] == 3 / 4  # the best answer is a correct one
@@ -303,9 +303,10 @@ def best_of_four() -> list[dict]:
 
 
 @pytest.mark.parametrize("options", [[], ["--text_as_conversation=false"]], ids=["conversations", "text"])
-def test_rewardbench_2_of_a_model(trained, tmp_path, capsys, options):
+def test_rewardbench_2_of_a_model(trained, tmp_path, capsys, monkeypatch, options):
     """The rewards of all answers are those of pairs with the same prompt and answers."""
-    rows = best_of_four()
+    rows, tables = best_of_four(), []
+    monkeypatch.setattr(evaluate, "best_of_n_metrics", lambda t: tables.append(t) or best_of_n_metrics(t))
     metrics = evaluated(trained, write(tmp_path / "rb2.jsonl", rows), *options)
     out, err = capsys.readouterr()
     printed = json.loads(out.strip().splitlines()[-1])
@@ -320,6 +321,8 @@ def test_rewardbench_2_of_a_model(trained, tmp_path, capsys, options):
             items.append({"text": row["prompt"] + answer} if options else whole)
     rewards = iter(float(values[0]) for values in scorer.rewards(items))
     rows = [(row["id"], row["subset"], [next(rewards) for _ in row["models"]], row["num_correct"]) for row in rows]
+    for got, (*_, want, _) in zip(tables[0]["rewards"], rows, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
     assert metrics == pytest.approx(best_of_n_metrics(answers(*rows))[0], abs=1e-4)
     assert 0 < metrics["eval/accuracy"] < 1 and metrics["eval/rewardbench2/score"] > 0
 

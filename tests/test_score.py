@@ -483,6 +483,18 @@ def test_the_scale_is_that_of_the_training_answers(folders, tmp_path, monkeypatc
         np.testing.assert_allclose(normal, (rewards - rewards.mean()) / rewards.std(), atol=1e-4)
 
 
+def test_a_model_without_the_run_around_it(folders, tmp_path):
+    """As from the hub: what plain transformers needs, and no more."""
+    for file in os.listdir(folders("full")):
+        if file.endswith((".safetensors", ".jinja")) or file.startswith(("config.json", "tokenizer")):
+            shutil.copy(f"{folders('full')}/{file}", tmp_path)
+    items = [{"prompt": ASK, "responses": ANSWERS}, {"text": TEXT}]
+    for normalize in (False, True):
+        scorers = (load_scorer(str(folder), normalize=normalize) for folder in (tmp_path, folders("full")))
+        for one, other in zip(*(scorer.rewards(items) for scorer in scorers), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_the_sample_and_its_moments():
     assert reward_scale(np.array([[1.0, 2.0], [3.0, 6.0]])) == {
         "reward_mean": 3.0, "reward_std": pytest.approx(np.sqrt(3.5)), "reward_answers": 4

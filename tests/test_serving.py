@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import reset_accelerate
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rm import evaluate
 
@@ -39,7 +41,22 @@ def evaluated(folder, pair: list, tmp_path) -> list[float]:
 
 
 @pytest.fixture
-def trained(train, tmp_path):
+def base(pretrained, tmp_path):
+    """A model that punishes mistakes: its config names no pad token, its tokenizer puts a BOS before every text."""
+    folder = tmp_path / "base"
+    tokenizer, config = AutoTokenizer.from_pretrained(pretrained), AutoConfig.from_pretrained(pretrained)
+    bos = ("<|tool|>", tokenizer.convert_tokens_to_ids("<|tool|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|tool|> $A", special_tokens=[bos])
+    config.pad_token_id = None
+    shutil.copytree(pretrained, folder)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("no.")["input_ids"][0] == bos[1]
+    return folder
+
+
+@pytest.fixture
+def trained(train, tmp_path, base):
     """trained(*options, text=False) → the folder of a run on conversations, or on plain text."""
 
     def run(*options: str, text: bool = False, name: str = "my_run"):
@@ -47,7 +64,7 @@ def trained(train, tmp_path):
             rows = [{"chosen": f"tell me {i}. gladly.", "rejected": f"tell me {i}. no."} for i in range(16)]
             (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
             options = (*options, "--dataset_name=texts.jsonl", "--eval_fraction=0.25")
-        return train(name, "--max_steps=2", "--learning_rate=0.01", *options)[1]
+        return train(name, f"--model_name_or_path={base}", "--max_steps=2", "--learning_rate=0.01", *options)[1]
 
     return run
 
@@ -75,8 +92,8 @@ def test_classifier_on_text(trained, tmp_path):
     assert found["plain_rewards"] == pytest.approx(want, abs=1e-5) and abs(want[0] - want[1]) > 1e-3
 
 
-def test_peft(trained, pretrained, tmp_path):
-    folder = trained(f"--model_name_or_path={pretrained}", "--use_peft")
+def test_peft(trained, tmp_path):
+    folder = trained("--use_peft")
     loaded = run_block("peft", folder)
     _, rest = BLOCKS["classifier"].split(".eval()\n", 1)
     exec("import torch\n" + rest, loaded)
