@@ -41,6 +41,7 @@ from rm.batching import StepPlan
 from rm.best import BestEvaluation
 from rm.breakdown import breakdowns
 from rm.card import hub_name, model_card, names_in
+from rm.charts import log_charts, log_histograms
 from rm.checkpoint import (
     CheckpointError,
     damage,
@@ -72,6 +73,7 @@ from rm.pretrained import load_tokenizer
 from rm.provenance import model_fingerprint, provenance
 from rm.quantization import QUANTIZATION_OPTIONS, quantization_config
 from rm.redact import redact, redact_arguments, safe_line
+from rm.report import write_report
 from rm.run_dir import (
     RunDirError,
     claim_output_dir,
@@ -80,7 +82,7 @@ from rm.run_dir import (
     refuse_other_content,
     refuse_own_origin,
 )
-from rm.table import pair_table, read_table, with_rewards, write_table
+from rm.table import pair_table, read_table, with_rewards, worst, write_table
 from rm.trace import trace_pairs
 from rm.tracking import RunLog, prepare_trackers
 from rm.visualize_samples import visualize_samples, write_records
@@ -396,6 +398,7 @@ def main(argv: list[str]) -> dict:
         if accelerator.is_main_process:
             write_table(table, output_dir / "eval" / f"step-{step}.parquet")
             run_log.log(metrics, step)
+            log_histograms(run_log, table, step)
             with bar.external_write_mode():
                 visualize_samples(
                     [eval_pairs.texts(i) for i in shown],
@@ -587,8 +590,12 @@ def main(argv: list[str]) -> dict:
         load_best()  # collective
         final, evaluated_step = best.metrics, best.step
     sample = sample_of(len(train_pairs.dataset), config.num_normalization_samples, config.seed)
+    kept = output_dir / "eval" / f"step-{evaluated_step}.parquet"
+    table = on_main_process(accelerator, partial(read_table, kept))  # None: in a run that an older version began
+    mistakes = [] if table is None else worst(table, NUM_MISTAKES)
     with cast_weights(model, config.eval_dtype):
         scale = reward_scale(score(train_pairs.dataset.select(sample))) if len(sample) else None  # collective
+        traces = trace(eval_pairs, mistakes)  # collective
     if scale is not None:
         said = "rewards of {reward_answers:,} training answers: mean {reward_mean:.3f}, std {reward_std:.3f}"
         logger.info(said.format(**scale))
@@ -629,13 +636,13 @@ def main(argv: list[str]) -> dict:
             quantization_config=quantization,
         )
         summary |= {"speed/total_seconds": round(time.perf_counter() - started, 2), "output_dir": str(output_dir)}
-        table = read_table(output_dir / "eval" / f"step-{evaluated_step}.parquet")
-        intervals = to_metrics(table, intervals=True)
-        write_records(output_dir / "mistakes.jsonl", mistake_records(eval_pairs, table, NUM_MISTAKES, evaluated_step))
+        if table is not None:
+            records = mistake_records(eval_pairs, table, mistakes, step=evaluated_step, traces=traces)
+            write_records(output_dir / "mistakes.jsonl", records)
         results = {
             "summary": summary,
-            "intervals": finite(intervals),
-            "breakdowns": finite(breakdowns(table)),
+            "intervals": {} if table is None else finite(to_metrics(table, intervals=True)),
+            "breakdowns": {} if table is None else finite(breakdowns(table)),
             "config": record,
             "adapter": redact(adapter_settings(getattr(model, "module", model).classifier)),
             "layout": f"{layout} ({reason})",
@@ -655,6 +662,8 @@ def main(argv: list[str]) -> dict:
         write_text(output_dir / "README.md", card)
         write_text(output_dir / "results.json", json.dumps(results, indent=2))
         run_log.summary(summary)
+        write_report(output_dir)
+        log_charts(run_log, output_dir, evaluated_step)
     run_log.close()
     is_main_process = accelerator.is_main_process
     accelerator.end_training()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,9 +193,15 @@ def evaluate_pairs(config: RewardConfig, accelerator: Accelerator) -> tuple[Pair
     return pairs, pair_table(pairs, rewards)
 
 
-def mistake_records(pairs: PairSets, table: pd.DataFrame, count: int, step: int | None = None) -> list[dict]:
-    """The `count` pairs whose rejected answer is furthest ahead, the worst first, as in `visualize_samples`."""
-    rows = worst(table, count)
+def mistake_records(
+    pairs: PairSets,
+    table: pd.DataFrame,
+    rows: Sequence[int],
+    *,
+    step: int | None = None,
+    traces: Sequence[tuple[list, list] | None] | None = None,
+) -> list[dict]:
+    """The pairs `rows` (of `rm.table.worst`) with their texts, as `visualize_samples` writes them."""
     return sample_records(
         [pairs.texts(int(i)) for i in rows],
         table["reward_chosen"].to_numpy()[rows],
@@ -203,6 +210,7 @@ def mistake_records(pairs: PairSets, table: pd.DataFrame, count: int, step: int 
         sets=[pairs.set_of(int(i)) for i in rows] if pairs.are_several else None,
         step=step,
         margins=table["data_margin"].to_numpy()[rows] if table["data_margin"].any() else None,
+        traces=traces,
     )
 
 
@@ -244,7 +252,7 @@ def main(argv: list[str]) -> dict[str, float]:
         loss = {"center_rewards_coefficient": config.center_rewards_coefficient}
         loss |= {"label_smoothing": config.label_smoothing_factor}
         metrics, intervals = pairs_metrics(table, **loss), pairs_metrics(table, intervals=True, **loss)
-        parts, mistakes = breakdowns(table), mistake_records(pairs, table, int(num_mistakes))
+        parts, mistakes = breakdowns(table), mistake_records(pairs, table, worst(table, int(num_mistakes)))
         shown = [metrics_table(metrics, intervals, "eval", f"Evaluation of {name}")]
         if published := {key: ends for key, ends in intervals.items() if "/rewardbench/" in key}:
             shown.append(score_table(metrics, published, "RewardBench"))

@@ -143,7 +143,8 @@ def claim_output_dir(
 
     From a checkpoint of a run elsewhere, its metrics.jsonl, evaluations and checkpoint of `best_step` come along.
     """
-    (output_dir / "results.json").unlink(missing_ok=True)
+    for last in ("results.json", "report.html"):
+        (output_dir / last).unlink(missing_ok=True)
     folder = output_dir / "checkpoints"
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)

@@ -68,5 +68,6 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
         fsync(path.parent)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(path)
+def read_table(path: Path) -> pd.DataFrame | None:
+    """What `write_table` wrote; None: there is no such file."""
+    return pd.read_parquet(path) if path.is_file() else None

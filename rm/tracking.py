@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -131,25 +132,52 @@ class RunLog:
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
         """Show a table as of step `step`: a W&B Table, Markdown in TensorBoard, nothing in other trackers."""
-        if "wandb" in self._threads:
+
+        def make() -> dict[str, Any]:
             import wandb
 
-            log, data = self._tracker("wandb").log, [[utf8(cell) for cell in row] for row in rows]
-            self._threads["wandb"].call(
-                "table",  # a new one every time: a Table that was logged before keeps its first rows
-                lambda: log({name: wandb.Table(columns=list(columns), data=data), "train/step": step}),
-            )
+            data = [[utf8(cell) for cell in row] for row in rows]
+            # a new one every time: a Table that was logged before keeps its first rows
+            return {name: wandb.Table(columns=list(columns), data=data)}
+
+        self.media("table", make, step)
         if "tensorboard" in self._threads:
             text = utf8(markdown(columns, rows))
             self._threads["tensorboard"].call("table", self._tracker("tensorboard").log, {name: text}, step)
 
     def html(self, name: str, page: str, step: int) -> None:
         """Show an HTML page as of step `step`: a W&B Html, nothing in other trackers."""
-        if "wandb" in self._threads:
+
+        def make() -> dict[str, Any]:
             import wandb
 
-            log, page = self._tracker("wandb").log, utf8(page)
-            self._threads["wandb"].call("html", lambda: log({name: wandb.Html(page, inject=False), "train/step": step}))
+            return {name: wandb.Html(utf8(page), inject=False)}
+
+        self.media("html", make, step)
+
+    def histograms(self, columns: dict[str, np.ndarray], step: int) -> None:
+        """Show the distribution of each column as of step `step`, of its finite values: histograms of W&B and of
+        TensorBoard, nothing in other trackers."""
+        columns = {name: column[np.isfinite(column)] for name, column in columns.items()}
+        columns = {name: column for name, column in columns.items() if len(column)}
+
+        def make() -> dict[str, Any]:
+            import wandb
+
+            return {name: wandb.Histogram(column) for name, column in columns.items()}
+
+        self.media("histograms", make, step)
+        if "tensorboard" in self._threads:
+            for name, column in columns.items():
+                add = self._tracker("tensorboard").writer.add_histogram
+                self._threads["tensorboard"].call("histograms", add, name, column, step)
+
+    def media(self, what: str, make: Callable[[], dict[str, Any]], step: int) -> None:
+        """Log what `make()` returns, W&B's objects by name, as of step `step`; it is called on W&B's thread, so that it
+        may import wandb and fail. Without W&B it is not called."""
+        if "wandb" in self._threads:
+            log = self._tracker("wandb").log
+            self._threads["wandb"].call(what, lambda: log({**make(), "train/step": step}))
 
     def summary(self, metrics: dict[str, Any]) -> None:
         """Set the final values that W&B shows for the run; they add nothing to its history."""

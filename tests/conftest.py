@@ -174,13 +174,17 @@ def pretrained(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch, capsys):
-    """train(name, *options) → (summary, output folder) of a run in this process."""
+def train(tmp_path, monkeypatch, capsys, request):
+    """train(name, *options) → (summary, output folder) of a run in this process; without its report, which takes two
+    seconds, but for tests that ask for `drawn`."""
     monkeypatch.chdir(tmp_path)
 
     from runs import SMALL, reset_accelerate
 
     import train_rm
+
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(train_rm, "write_report", lambda output_dir: None)
 
     def run(name: str, *options: str):
         reset_accelerate()

@@ -124,6 +124,7 @@ def child(task: dict, run) -> None:
 def main(script: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background starts without
     run = __import__(script).run
+    sys.modules["train_rm"].write_report = lambda output_dir: None  # two seconds of drawing: tests/test_report.py
     for line in sys.stdin:
         task, answer = json.loads(line), None
         if "ready" in task:
