@@ -53,7 +53,7 @@ def score_trees(
         rows = [[trees[i] for i in row] for row in micro_batch.rows]
         tensors = collate_trees(rows, layout, pad_token_id, micro_batch.pad_to_multiple_of)
         batch = Batch(**tensors, margin_B=empty, weight_B=empty, index_B=empty).to(device)
-        scored = score_batch(model, batch).cpu().numpy()
+        scored = score_batch(model, batch).view(len(batch.end_row_N), -1)[:, 0].cpu().numpy()  # the first output
         order = [i for row in micro_batch.rows for i in row]
         ends = np.cumsum([len(trees[i].branches) for i in order])
         for i, values in zip(order, np.split(scored, ends[:-1]), strict=True):

@@ -64,13 +64,14 @@ def test_new_loss(hacked, tmp_path):
 def test_metric(hacked, tmp_path):
     """It is in the record and in the summary, and can choose the best model."""
     start = hacked("A metric")
-    start("--output_dir=run", "--eval_steps=1", "--metric_for_best_model=eval/margin_median", "--num_print_samples=-1")
-    medians = lines(tmp_path / "run", "eval/margin_median")
+    start("--output_dir=run", "--eval_steps=1", "--metric_for_best_model=eval/clear_wins", "--num_print_samples=-1")
+    shares = lines(tmp_path / "run", "eval/clear_wins")
     rows = [json.loads(line) for line in (tmp_path / "run/samples/step-4.jsonl").read_text().splitlines()]
-    margins = sorted(row["reward_chosen"] - row["reward_rejected"] for row in rows)
-    assert medians[-1] == pytest.approx((margins[14] + margins[15]) / 2, abs=1e-5) and len(margins) == 30
+    wins = [row["reward_chosen"] - row["reward_rejected"] > 1 for row in rows]
+    assert shares[-1] == pytest.approx(sum(wins) / 30) and len(wins) == 30
     end = summary(tmp_path / "run")
-    assert medians[end["train/best_step"] - 1] == max(medians) and len(medians) == 4
+    assert shares[end["train/best_step"] - 1] == max(shares) and len(shares) == 4
+    assert "eval/clear_wins" in json.loads((tmp_path / "run/results.json").read_text())["intervals"]
 
 
 def test_head_with_two_outputs(hacked, tmp_path):
