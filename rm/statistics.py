@@ -134,7 +134,9 @@ def resamples(group_P: np.ndarray, seed: int = 0) -> Iterator[np.ndarray]:
     rng, at_once = np.random.default_rng(seed), max(1, CELLS // len(group_P))
     for start in range(0, RESAMPLES, at_once):
         drawn = rng.integers(len(groups), size=(min(at_once, RESAMPLES - start), len(groups)))
-        yield np.stack([np.bincount(row, minlength=len(groups)) for row in drawn])[:, group_P].astype(np.float64)
+        cells = drawn + len(groups) * np.arange(len(drawn))[:, None]  # all resamples are counted in one call
+        counts = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        yield counts[:, group_P].astype(np.float64)
 
 
 def percentiles(values_R: np.ndarray) -> tuple[float, float]:
