@@ -8,7 +8,6 @@ python -m rm.score --help
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -38,7 +37,18 @@ from rm.quantization import QUANTIZATION_OPTIONS
 from rm.redact import safe_line
 from rm.saved import conversations_from_text, load_saved, recorded_config
 from rm.scorer import Scorer, score_trees
-from rm.stream import Signals, Stopped, die_of, open_input, open_output, parse_line, read_lines, read_output, to_line
+from rm.stream import (
+    Signals,
+    Stopped,
+    die_of,
+    open_input,
+    open_output,
+    parse_line,
+    read_lines,
+    read_output,
+    to_line,
+    windows,
+)
 
 __all__ = ["load_scorer", "score_trees"]
 logger = logging.getLogger(__name__)
@@ -123,12 +133,12 @@ def main(argv: list[str]) -> int:
         lines = _skip(scorer, lines, records, target, source, flags["only_rewards"])
         logger.info(f"{target}: has the lines up to {done}")
     file = open_output(target, end) if target else sys.stdout.buffer
-    size = os.path.getsize(source) if source else None
+    size = os.path.getsize(source) if source and Path(source).is_file() else None  # of a pipe it is not known
     num_lines = num_errors = num_tokens = 0
     first_error = None
     try:
-        with tqdm(total=size, unit="B" if source else "line", unit_scale=True, dynamic_ncols=True) as bar:
-            while window := list(itertools.islice(lines, flags["window_size"])):
+        with tqdm(total=size, unit="B" if size else "line", unit_scale=True, dynamic_ncols=True) as bar:
+            for window in windows(lines, flags["window_size"]):
                 answered = answer_lines(scorer, window, flags["only_rewards"])
                 with signals.held():
                     _write(file, b"".join(to_line(record) for record, _ in answered))
@@ -140,7 +150,7 @@ def main(argv: list[str]) -> int:
                 if num_lines == len(window):
                     made = scorer.encoding["text_as_conversation"]
                     warn_of_family(window, trained_families(model), made)
-                bar.update(raw.tell() - bar.n if source else len(window))
+                bar.update(raw.tell() - bar.n if size else len(window))
                 speed = num_tokens / (time.perf_counter() - started)
                 bar.set_postfix_str(f"{num_lines:,} lines, {num_errors:,} errors, {speed:,.0f} tokens/s")
     except Stopped as stopped:
@@ -179,13 +189,17 @@ def _parse(argv: list[str]) -> tuple[str, str | None, Path | None, dict[str, Any
     source, target = (None if given[name] in (None, "-") else given[name] for name in ("input", "output"))
     if source is None and given["input"] is None and sys.stdin.isatty():
         raise ConfigError("command line: --input FILE is needed, or lines on stdin")
-    if source is not None and not Path(source).is_file():
+    if source is not None and (not Path(source).exists() or Path(source).is_dir()):
         raise DataError(f"--input={source}: there is no such file")
+    if source is not None and not os.access(source, os.R_OK):
+        raise DataError(f"--input={source}: must not be read")
     if target is not None:
         if not Path(target).absolute().parent.is_dir():
             raise DataError(f"--output={target}: its folder does not exist; make it first")
-        if Path(target).is_dir() or target.endswith(".gz"):
+        if Path(target).exists() and not Path(target).is_file() or target.endswith(".gz"):
             raise DataError(f"--output={target}: is no plain file to append to; give another name")
+        if not os.access(target if Path(target).exists() else Path(target).absolute().parent, os.W_OK):
+            raise DataError(f"--output={target}: must not be written")
         if source is not None and Path(target).exists() and os.path.samefile(source, target):
             raise DataError(f"--output={target}: is the input; give another name")
     flags = {"normalize": bool(given["normalize"]), "only_rewards": bool(given["only_rewards"])}
@@ -263,7 +277,7 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        print(safe_line(f"error: the output cannot be written ({error.strerror})"), file=sys.stderr)
+        print(safe_line(f"error: {error.filename or 'the output'} cannot be used ({error.strerror})"), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         die_of(signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -55,6 +56,23 @@ def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]
             yield number, None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: cannot be read after line {number}: {one_line(error)}") from error
+
+
+def windows(lines: Iterator[tuple[int, bytes | None]], size: int) -> Iterator[list[tuple[int, bytes | None]]]:
+    """So many lines at a time; what was read before an error comes before the error."""
+    window, problem = [], None
+    while problem is None:
+        try:
+            window = []
+            for line in itertools.islice(lines, size):
+                window.append(line)
+        except DataError as error:
+            problem = error
+        if window:
+            yield window
+        elif problem is None:
+            return
+    raise problem
 
 
 def parse_line(number: int, line: bytes | None) -> dict:
