@@ -178,7 +178,11 @@ def test_several_sets(train, drawn, undrawn, tmp_path):
 def test_what_is_drawn_is_what_was_logged(tmp_path):
     pairs = table()
     run = read_run(make_run(tmp_path / "run", pairs))
-    low, high = pictures.evaluation_intervals(run)["margin"]
+    intervals = pictures.evaluation_intervals(run)
+    low, high = intervals["margin"]
+    assert intervals["loss"][0].index.tolist() == [10, 20]
+    other = read_run(make_run(tmp_path / "other", pairs, label_smoothing_factor=0.3))  # not the loss that was logged
+    assert "loss" not in pictures.evaluation_intervals(other)
     margin = (pairs.reward_chosen - pairs.reward_rejected).to_numpy()
     assert low.index.tolist() == [10, 20] and low[20] < margin.mean() < high[20]
     loss = run.curve("eval/loss")[20]
