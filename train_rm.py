@@ -307,9 +307,9 @@ def main(argv: list[str]) -> dict:
     )
     known = to_metrics(eval_table)
     if config.metric_for_best_model not in (None, *known):
-        near = difflib.get_close_matches(config.metric_for_best_model, known, n=20, cutoff=0)
-        near = ", ".join(name for name in known if name in near)
-        raise ConfigError(f"metric_for_best_model={config.metric_for_best_model}: there are {near}")
+        near = difflib.get_close_matches(config.metric_for_best_model, known, n=5, cutoff=0)
+        near = f"no such metric; the nearest of {len(known)}: {', '.join(near)}"
+        raise ConfigError(f"metric_for_best_model={config.metric_for_best_model}: {near}")
 
     # ------------------------------------------------------------------------------ plan
     plan = StepPlan(

@@ -13,6 +13,7 @@ from torch import Tensor
 from rm.loss import pairwise_loss
 from rm.statistics import (
     accuracy,
+    accuracy_ceiling,
     accuracy_interval,
     calibration_error,
     correlation,
@@ -130,7 +131,7 @@ def measures(
     }
     if "true_margin" in table:
         true_margin = table["true_margin"].to_numpy(np.float64)
-        values["accuracy_ceiling"] = mean(sigmoid(np.abs(true_margin)), weight)  # max(p, 1 - p)
+        values["accuracy_ceiling"] = accuracy_ceiling(true_margin, weight)
         values["spearman_true_margin"] = correlation(ranks(margin), ranks(true_margin), weight)
     return values
 

@@ -61,6 +61,12 @@ def accuracy(margin_P: np.ndarray, weight: np.ndarray | None = None) -> np.ndarr
     return np.where(2 * right >= total, larger, 1 - larger)
 
 
+def accuracy_ceiling(true_margin_P: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+    """The best possible accuracy, mean of max(p, 1 - p) with p = sigmoid(true margin); `true_margin_P`: log-odds."""
+    weight = np.ones(len(true_margin_P)) if weight is None else weight
+    return mean(sigmoid(np.abs(true_margin_P)), weight)
+
+
 def calibration_error(p_P: np.ndarray, margin_P: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Expected calibration error (Guo et al. 2017): mean over pairs of |accuracy - confidence| of the pair's bin.
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from rm.files import fsync, naming
 from rm.mixture import OPTIONAL_COLUMNS, PairSets
+from rm.redact import redact
 
 
 def pair_table(pairs: PairSets, rewards: np.ndarray | None = None) -> pd.DataFrame:
@@ -24,7 +25,7 @@ def pair_table(pairs: PairSets, rewards: np.ndarray | None = None) -> pd.DataFra
         optional = [column for column in OPTIONAL_COLUMNS if column in part.dataset.column_names]
         columns = ["id", "row", "length_chosen", "length_rejected", "prefix_length", "margin", *optional]
         frame = part.dataset.select_columns(columns).with_format(None).to_pandas()
-        parts.append(frame.assign(set=name, prompt=part.prompts()))
+        parts.append(frame.assign(set=redact(name), prompt=part.prompts()))
     table = pd.concat(parts, ignore_index=True).rename(columns={"margin": "data_margin"})
     table["data_margin"] = table["data_margin"].astype(np.float64)
     first = ["id", "set", "row", "prompt"]

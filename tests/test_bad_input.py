@@ -200,7 +200,7 @@ SEVERAL = {
     "unknown evaluation set": (["--eval_dataset_name=['a.jsonl', 'd.jsonl']"], "d.jsonl: there is no such file or"),
     "a small weight": (["--dataset_weights=[1, 0.01]"], "b.jsonl: dataset_weights=0.01 draws none of 4 pairs"),
     "a metric of no set": (["--metric_for_best_model=eval/c/accuracy", "--eval_steps=1"],
-                           "metric_for_best_model=eval/c/accuracy: there are eval/"),
+                           "metric_for_best_model=eval/c/accuracy: no such metric; the nearest of "),
 }  # fmt: skip
 
 

@@ -13,13 +13,14 @@ def rows(margins, **columns):
 
 
 def test_differences_by_hand():
-    values, _ = compare_tables(rows([1, 2, -1, 0, 3]), rows([1, -1, -1, 2, -2]))
-    assert values["compare/pairs"] == 5
-    assert values["compare/accuracy"] == pytest.approx(3.5 / 5) and values["compare/other_accuracy"] == 2 / 5
-    assert values["compare/accuracy_difference"] == pytest.approx(1.5 / 5)
-    assert values["compare/agreement"] == 2 / 5  # the first pair and the third
-    assert values["compare/only_this_right"] == 2 / 5 and values["compare/only_other_right"] == 1 / 5
-    loss = [evaluation_metrics(rows(margins))["eval/loss"] for margins in ([1, 2, -1, 0, 3], [1, -1, -1, 2, -2])]
+    both = [1, 2, -1, 0, 3, 0], [1, -1, -1, 2, -2, -1]
+    values, _ = compare_tables(*map(rows, both))
+    assert values["compare/pairs"] == 6
+    found = [values[f"compare/{name}"] for name in ("accuracy", "other_accuracy", "accuracy_difference")]
+    assert found == pytest.approx([4 / 6, 2 / 6, 2 / 6])
+    assert values["compare/agreement"] == 2 / 6  # the first pair and the third
+    assert values["compare/only_this_right"] == 2 / 6 and values["compare/only_other_right"] == 1 / 6  # no ties
+    loss = [evaluation_metrics(rows(margins))["eval/loss"] for margins in both]
     assert values["compare/loss_difference"] == pytest.approx(loss[0] - loss[1])
 
 

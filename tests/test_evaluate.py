@@ -72,13 +72,14 @@ def test_the_table_of_the_best_evaluation_is_the_results(train, tmp_path):
     summary, folder = train("out", *options, "--metric_for_best_model=eval/loss")  # the worst, and so not the last
     assert summary["train/best_step"] < 3
     results = json.loads((folder / "results.json").read_text())
-    low, high = results["intervals"]["eval/margin"]
-    assert low < summary["eval/margin"] < high
-    metrics = evaluate.pairs_metrics(read_table(folder / f"eval/step-{summary['train/best_step']}.parquet"))
-    assert metrics["eval/margin"] == summary["eval/margin"]
+    table = read_table(folder / f"eval/step-{summary['train/best_step']}.parquet")
+    assert evaluate.pairs_metrics(table)["eval/margin"] == summary["eval/margin"]
+    low, high = evaluate.pairs_metrics(table, intervals=True)["eval/margin"]
+    assert results["intervals"]["eval/margin"] == [low, high] and low < summary["eval/margin"] < high
     checkpoint = f"--resume_from_checkpoint={folder / 'checkpoints' / 'step-1'}"
-    again, _ = train("elsewhere", *options, "--metric_for_best_model=eval/loss", checkpoint)
+    again, elsewhere = train("elsewhere", *options, "--metric_for_best_model=eval/loss", checkpoint)
     assert again["eval/margin"] == summary["eval/margin"]
+    assert json.loads((elsewhere / "results.json").read_text())["intervals"] == results["intervals"]
 
 
 def test_comparison_mistakes_and_output(trained, tmp_path, capsys):

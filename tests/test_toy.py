@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 from transformers import AutoConfig, AutoTokenizer
 
-from rm.metrics import accuracy_ceiling
+from rm.statistics import accuracy_ceiling
 from rm.toy import SUBSETS, build_tokenizer, toy_dataset, true_reward
 
 
