@@ -76,7 +76,7 @@ def test_the_table_of_the_best_evaluation_is_the_results(train, tmp_path):
     assert evaluate.pairs_metrics(table)["eval/margin"] == summary["eval/margin"]
     low, high = evaluate.pairs_metrics(table, intervals=True)["eval/margin"]
     assert results["intervals"]["eval/margin"] == [low, high] and low < summary["eval/margin"] < high
-    checkpoint = f"--resume_from_checkpoint={folder / 'checkpoints' / 'step-1'}"
+    checkpoint = f"--resume_from_checkpoint={folder / 'checkpoints' / 'step-{}'}".format(summary["train/best_step"])
     again, elsewhere = train("elsewhere", *options, "--metric_for_best_model=eval/loss", checkpoint)
     assert again["eval/margin"] == summary["eval/margin"]
     assert json.loads((elsewhere / "results.json").read_text())["intervals"] == results["intervals"]
