@@ -54,7 +54,7 @@ from rm.checkpoint import (
 from rm.collate import COLUMNS, collate
 from rm.command_line import parse_config
 from rm.config import LORA_OPTIONS, ConfigError, RewardConfig, changed_options
-from rm.evaluate import evaluate_rewards, mistake_records, pair_lengths, pairs_metrics
+from rm.evaluate import evaluate_rewards, mistake_records, pair_lengths, pairs_metrics, warn_of_nonfinite
 from rm.export import ExportError, save_model, verify_export
 from rm.files import GO_ON, DiskError, finite, write_text
 from rm.forward import LayoutError, concatenated_forward, resolve_layout, without_autocast
@@ -331,12 +331,15 @@ def main(argv: list[str]) -> dict:
         in_steps(every, total_steps) for every in (config.logging_steps, config.eval_steps, config.save_steps)
     )
     meter = Meter(accelerator.device)
-    best = BestEvaluation(
-        config.metric_for_best_model,
-        config.greater_is_better,
-        patience=config.early_stopping_patience,
-        threshold=config.early_stopping_threshold,
-    )
+    try:
+        best = BestEvaluation(
+            config.metric_for_best_model,
+            config.greater_is_better,
+            patience=config.early_stopping_patience,
+            threshold=config.early_stopping_threshold,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     done = {"step": 0, "metrics_lines": None, "means": {}, "pairs": 0.0, "seconds": 0.0, "seconds_since_log": 0.0}
     done |= {"evaluated": {"step": None, "metrics": {}}, "schedule": None, "skipped": 0, "skipped_in_a_row": 0}
     if resume_from is not None:
@@ -398,6 +401,7 @@ def main(argv: list[str]) -> dict:
         if accelerator.is_main_process:
             write_table(table, output_dir / "eval" / f"step-{step}.parquet")
             run_log.log(metrics, step)
+            warn_of_nonfinite(eval_pairs, table)
             log_histograms(run_log, table, step)
             with bar.external_write_mode():
                 visualize_samples(

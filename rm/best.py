@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+NO_DIRECTION = (  # metrics that tell what a model is like, or what the data are
+    "temperature prompt_share reward_length_spearman margin_length_spearman null_length_accuracy null_prompt_loss "
+    "accuracy_ceiling reward_chosen reward_rejected reward_mean reward_std reward_min reward_max pairs prompts"
+).split()
+
 
 class BestEvaluation:
     """The best evaluation by one metric, and how many have come since the last real improvement.
 
     Args:
         metric: its name, such as eval/accuracy; None: nothing is ever the best.
-        greater_is_better: None: yes, unless the name ends in loss.
+        greater_is_better: None: by the name, see `is_greater_better`.
         patience: so many evaluations in a row without an improvement by more than `threshold` are enough; None: never.
     """
 
@@ -54,5 +59,14 @@ class BestEvaluation:
 
 
 def is_greater_better(metric: str | None, greater_is_better: bool | None) -> bool:
-    """Whether more of a metric is better: as was said, or else unless its name ends in loss."""
-    return not (metric or "loss").endswith("loss") if greater_is_better is None else greater_is_better
+    """Whether more of a metric is better: as was said, or else unless it is a loss or an error.
+
+    Raises:
+        ValueError: nothing was said, and neither more nor less of this metric makes a better model.
+    """
+    if greater_is_better is not None:
+        return greater_is_better
+    last = (metric or "loss").rpartition("/")[2]
+    if last in NO_DIRECTION:
+        raise ValueError(f"metric_for_best_model={metric}: more of it is not better, nor less; give greater_is_better")
+    return not (last.endswith("loss") or last in ("brier", "ece", "ties"))

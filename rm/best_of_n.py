@@ -23,8 +23,9 @@ PIECE = 64  # prompts that are scored in one call: few enough for the memory, en
 def is_best_of_n(dataset: Dataset) -> bool:
     """Whether `chosen` and `rejected` are lists of texts."""
     kinds = [dataset.features.get(side) for side in ("chosen", "rejected")]
-    texts = (Value("string"), Value("large_string"))
-    return all(isinstance(kind, List | LargeList) and kind.feature in texts for kind in kinds)
+    texts, empty = (Value("string"), Value("large_string")), Value("null")
+    kinds = [kind.feature for kind in kinds if isinstance(kind, List | LargeList)]
+    return len(kinds) == 2 and any(k in texts for k in kinds) and all(k in (*texts, empty) for k in kinds)
 
 
 def best_of_n_table(source: Source, scorer: Scorer, accelerator: Accelerator) -> pd.DataFrame:
@@ -72,6 +73,8 @@ def _item(source: Source, row: int) -> tuple[dict, dict]:
     if values.get("num_correct", num_correct) != num_correct:
         given = values["num_correct"]
         raise DataError(f"{source.row_name(row)}: 'num_correct' is {given}, but 'chosen' has {num_correct} answers")
+    if values.get("subset", "") is None:
+        raise DataError(f"{source.row_name(row)}: 'subset' is missing (null), expected text or a whole number")
     known = {"id": str(values.get("id", row)), "num_correct": num_correct}
     known |= {"subset": str(values["subset"])} if "subset" in values else {}
     return {"prompt": prompt, "responses": answers}, known

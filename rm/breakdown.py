@@ -26,13 +26,13 @@ def by_subset(table: pd.DataFrame) -> pd.DataFrame:
 
 def by_margin(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
     """The same by |r_chosen - r_rejected|, how sure the model is: bins of about equally many pairs, `low` to `high`."""
-    return _by_value(table, _margin(table).abs(), bins, "{:.2f} to {:.2f}")
+    return _by_value(table, _margin(table).abs(), bins, "{:.3g} to {:.3g}")
 
 
 def by_data_margin(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
-    """The same by the margin that the data give, how clear the preference is; empty where they give none."""
-    given = table["data_margin"]
-    return _by_value(table, given, bins, "{:.2f} to {:.2f}") if given.any() else _parts(table, [])
+    """The same by the margin that the data give, how clear the preference is; of the sets that give one."""
+    given = table.groupby("set")["data_margin"].transform("any")
+    return _by_value(table, table["data_margin"][given], bins, "{:.3g} to {:.3g}")
 
 
 def by_length_difference(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
@@ -44,6 +44,7 @@ def by_length_difference(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
 def reliability(table: pd.DataFrame) -> pd.DataFrame:
     """The same by confidence max(p, 1 - p), p = sigmoid(r_chosen - r_rejected), in the bins of the expected calibration
     error, equally wide; `confidence` is the mean in the bin, which a calibrated model's accuracy equals."""
+    table = table[np.isfinite(_margin(table))]
     p_chosen = sigmoid(_margin(table).to_numpy())
     confidence, bin_P = np.maximum(p_chosen, 1 - p_chosen), confidence_bin(p_chosen)
     edges = 0.5 + np.arange(BINS + 1) / (2 * BINS)
@@ -65,8 +66,7 @@ def _margin(table: pd.DataFrame) -> pd.Series:
 def _by_value(table: pd.DataFrame, value: pd.Series, bins: int, label: str) -> pd.DataFrame:
     """Equal values stand in one bin, so that there may be fewer bins; `low` and `high` are values that occur."""
     value = value[np.isfinite(value)]
-    starts = value.sort_values().to_numpy()[np.arange(1, bins) * len(value) // bins]  # of all bins but the first
-    bin_of = np.searchsorted(np.unique(starts), value, side="right")
+    bin_of = (value.rank(method="min") - 1) * bins // max(len(value), 1)
     parts = []
     for rows in value.groupby(bin_of).groups.values():
         low, high = float(value[rows].min()), float(value[rows].max())

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from rm.metrics import measures
-from rm.statistics import percentiles, resamples
+from rm.statistics import percentiles, resamples, share_interval
 
 KEYS = ["set", "row"]  # what makes a pair the same in two tables: the place in the data, not the tokens
 COMPARED = ("accuracy", "loss", "brier", "ece", "null_length_accuracy", "margin_length_spearman")
@@ -59,5 +59,9 @@ def compare_tables(
     if table["prompt"].nunique() < 2:
         return values, {}
     parts = [both(counts) for counts in resamples(table["prompt"].to_numpy())]
-    intervals = {f"compare/{name}": percentiles(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    resampled = {f"compare/{name}": np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    intervals = {name: percentiles(values_R) for name, values_R in resampled.items()}
+    for name in ("accuracy", "other_accuracy", "agreement", "only_this_right", "only_other_right"):
+        key = f"compare/{name}"
+        intervals[key] = share_interval(values[key], resampled[key], table["prompt"].nunique())
     return values, intervals

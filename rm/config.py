@@ -163,7 +163,7 @@ class RewardConfig:
     save_steps: int | float = option(0, "steps between checkpoints in checkpoints/step-N; below 1: fraction; 0: off (the final model is always saved)")
     save_total_limit: int | None = option(None, "checkpoints to keep, the newest and besides them the best one; none: all")
     metric_for_best_model: str | None = option(None, "eval/ metric whose best evaluation gets a checkpoint, which is kept; none: off")
-    greater_is_better: bool | None = option(None, "whether more of metric_for_best_model is better; none: yes, unless the name ends in loss")
+    greater_is_better: bool | None = option(None, "whether more of metric_for_best_model is better; none: by its name (less of a loss or an error is)")
     load_best_model_at_end: bool = option(False, "save the weights of the best evaluation, not the last (metric_for_best_model, else eval/loss)")
     early_stopping_patience: int | None = option(None, "evaluations in a row without a better metric_for_best_model (else eval/loss) that end the training; none: off")
     early_stopping_threshold: float = option(0.0, "by how much it must be better to count")

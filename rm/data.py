@@ -54,7 +54,7 @@ from rm.shared_start import can_share_prefix
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # part of every cache key: raise it when the tokens or the columns of a row change
+VERSION = 2  # part of every cache key: raise it when the tokens or the columns of a row change
 AUDIT_COLUMNS = ("status", "truncated", "prefix_length", "margin", "length_chosen", "length_rejected")
 HASH_COLUMNS = ("hash_chosen", "hash_rejected")
 

@@ -38,7 +38,7 @@ def encode_batch(batch, rows: list[int], *, tokenizer, recipe: Recipe, features:
     out["row"] = rows
     out["id"] = labels(batch, "id", rows) if "id" in batch else [str(row) for row in rows]
     if "subset" in features:
-        out["subset"] = labels(batch, "subset", rows)
+        out["subset"] = [name if name.strip() else "(empty)" for name in labels(batch, "subset", rows)]
     if "true_margin" in features:
         out["true_margin"] = given["true_margin"]
     if "score_chosen" in given:

@@ -190,7 +190,18 @@ def evaluate_pairs(config: RewardConfig, accelerator: Accelerator) -> tuple[Pair
             micro_batch_tokens=config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
-    return pairs, pair_table(pairs, rewards)
+    table = pair_table(pairs, rewards)
+    if accelerator.is_main_process:
+        warn_of_nonfinite(pairs, table)
+    return pairs, table
+
+
+def warn_of_nonfinite(pairs: PairSets, table: pd.DataFrame) -> None:
+    """Name the pairs whose rewards are NaN or infinite: nothing can be said of the accuracy then."""
+    bad = np.flatnonzero(~np.isfinite(table[["reward_chosen", "reward_rejected"]]).all(axis=1))
+    if len(bad):
+        ids = ", ".join(pairs.ids(bad[:10])) + (", ..." if len(bad) > 10 else "")
+        logger.warning(f"the rewards of {len(bad)} of {len(table)} evaluation pairs are not finite: {ids}")
 
 
 def mistake_records(
@@ -221,7 +232,7 @@ def main(argv: list[str]) -> dict[str, float]:
         own[option], rest = take_option(rest, option)
     if own["model"] is None:
         raise ConfigError("command line: --model FOLDER is needed: the output folder of a run, or a hub name")
-    num_mistakes = own["mistakes"] or "0"
+    num_mistakes = own["mistakes"] or ("20" if own["output"] else "0")
     if not num_mistakes.isdecimal():
         raise ConfigError(f"command line: mistakes={num_mistakes}: must be a number of pairs")
     output = Path(own["output"]) if own["output"] else None
@@ -265,7 +276,7 @@ def main(argv: list[str]) -> dict[str, float]:
                 raise DataError(f"compare={own['compare']}: {error}") from None
             shown.append(comparison_table(values, ends, (name, own["compare"])))
             metrics, intervals = metrics | values, intervals | ends
-        if mistakes:
+        if mistakes and own["mistakes"]:
             shown.append(reward_table(mistakes, console, f"The {len(mistakes)} worst mistakes, the worst first"))
     if accelerator.is_main_process:
         console.print(*shown)
@@ -274,7 +285,8 @@ def main(argv: list[str]) -> dict[str, float]:
             output.mkdir(parents=True, exist_ok=True)
             write_table(table, output / "table.parquet")
             write_text(output / "metrics.json", json.dumps(finite(record), indent=2))
-            write_records(output / "mistakes.jsonl", mistakes)
+            if source is None:
+                write_records(output / "mistakes.jsonl", mistakes)
         print(json.dumps(finite(metrics | {"intervals": intervals})), flush=True)
     accelerator.end_training()
     return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,12 +104,12 @@ def verify_export(
     options = dict(dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=quantization_config)
     model = load_trained(str(output_dir), tokenizer, **options).eval()
     expected = np.asarray(rewards, dtype=np.float64)
-    bound = tolerance * max(1.0, float(np.abs(expected).max()))
+    bound = tolerance * max(1.0, float(np.abs(expected[np.isfinite(expected)]).max(initial=0)))
 
     ids = [np.asarray(s).tolist() for s in sequences]
     padded = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
     logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0]
-    worst = float(np.abs(logits.double().numpy() - expected).max())
+    worst = _largest_difference(logits.double().numpy(), expected)
     if not worst <= bound:
         raise ExportError(
             f"the model saved in {output_dir} differs from the evaluated one by {worst:.3g}, allowed {bound:.1g}"
@@ -124,7 +125,7 @@ def verify_export(
         answers = classify([texts[i] for i in same], batch_size=len(same), top_k=None)
         name = model.config.id2label[0]
         served = np.asarray([out["score"] for outputs in answers for out in outputs if out["label"] == name])
-        worst_served = float(np.abs(served - expected[same]).max())
+        worst_served = _largest_difference(served, expected[same])
         if not worst_served <= bound:
             raise ExportError(f"transformers' pipeline on {output_dir} differs by {worst_served:.3g} in reward")
         worst = max(worst, worst_served)
@@ -133,3 +134,11 @@ def verify_export(
         f"rewards agree to {worst:.1g}"
     )
     return worst
+
+
+def _largest_difference(rewards: np.ndarray, expected: np.ndarray) -> float:
+    """Infinite where only one of two rewards is a finite number; a model that gives NaN is served as such."""
+    is_number = np.isfinite(expected)
+    if (np.isfinite(rewards) != is_number).any():
+        return math.inf
+    return float(np.abs(rewards - expected)[is_number].max(initial=0))

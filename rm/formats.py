@@ -61,7 +61,8 @@ def _kind(source: Source, column: str) -> str:
         if type(first) in (str, list):
             return "text" if type(first) is str else "messages"
         raise DataError(f"{source.row_name(0)}: {column!r} is {describe(first)}, expected text or messages")
-    fix = "; several answers a prompt are for python -m rm.evaluate alone" if isinstance(feature, List) else ""
+    alone = "; several answers a prompt are for python -m rm.evaluate, one such data set at a time"
+    fix = alone if isinstance(feature, List) else ""
     raise DataError(f"{source.row_name(0)}: {column!r} has the type {feature}, expected text or messages{fix}")
 
 

@@ -23,11 +23,13 @@ from rm.statistics import (
     ranks,
     resamples,
     share_between,
+    share_interval,
     sigmoid,
     standard_deviation,
     temperature,
 )
 
+SHARES = ("accuracy", "ties", "null_length_accuracy")  # of pairs
 QUANTILES = {"margin_q05": 0.05, "margin_q25": 0.25, "margin_q50": 0.5, "margin_q75": 0.75, "margin_q95": 0.95}
 
 
@@ -86,7 +88,7 @@ def measures(
     center_rewards_coefficient: float | None = None,
     label_smoothing: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """Every statistic of an evaluation that has an interval, [...] each, in float64.
+    """Every statistic of an evaluation that has an interval, [...] each, in float64; NaN if a reward is not finite.
 
     Args:
         table: a row for each of n pairs, see `rm.table.pair_table`.
@@ -94,6 +96,8 @@ def measures(
         center_rewards_coefficient, label_smoothing: of the loss.
     """
     chosen, rejected = (table[f"reward_{side}"].to_numpy(np.float64) for side in ("chosen", "rejected"))
+    is_finite = bool(np.isfinite(chosen).all() and np.isfinite(rejected).all())
+    chosen, rejected = (np.nan_to_num(rewards, posinf=0, neginf=0) for rewards in (chosen, rejected))
     length_chosen, length_rejected = (table[f"length_{side}"].to_numpy() for side in ("chosen", "rejected"))
     margin, longer = chosen - rejected, length_chosen - length_rejected
     p_chosen, rewards = sigmoid(margin), np.concatenate([chosen, rejected])
@@ -125,14 +129,17 @@ def measures(
         "temperature": temperature(margin, weight),
         "reward_length_spearman": correlation(ranks(rewards), ranks(answer_length), both),
         "margin_length_spearman": correlation(ranks(margin), ranks(longer), weight),
-        "null_length_accuracy": accuracy(longer, weight),
-        "null_prompt_loss": loss(np.zeros(len(table)), np.zeros(len(table))),
         "prompt_share": share_between(rewards, np.tile(table["prompt"].to_numpy(), 2), both),
     }
+    if not is_finite:  # then no number says anything about all pairs
+        values = {name: np.full_like(value, np.nan) for name, value in values.items()}
+    values["null_length_accuracy"] = accuracy(longer, weight)
+    values["null_prompt_loss"] = loss(np.zeros(len(table)), np.zeros(len(table)))
     if "true_margin" in table:
         true_margin = table["true_margin"].to_numpy(np.float64)
         values["accuracy_ceiling"] = accuracy_ceiling(true_margin, weight)
-        values["spearman_true_margin"] = correlation(ranks(margin), ranks(true_margin), weight)
+        if is_finite:
+            values["spearman_true_margin"] = correlation(ranks(margin), ranks(true_margin), weight)
     return values
 
 
@@ -196,6 +203,9 @@ def evaluation_intervals(
         return {}
     options = {"center_rewards_coefficient": center_rewards_coefficient, "label_smoothing": label_smoothing}
     parts = [measures(table, counts, **options) for counts in resamples(table["prompt"].to_numpy())]
-    intervals = {f"{prefix}/{name}": percentiles(np.concatenate([part[name] for part in parts])) for name in parts[0]}
-    margin = (table["reward_chosen"] - table["reward_rejected"]).to_numpy()
-    return intervals | {f"{prefix}/accuracy": accuracy_interval(margin, table["prompt"].to_numpy())}
+    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    intervals = {f"{prefix}/{name}": percentiles(values_R) for name, values_R in values.items()}
+    found, num_prompts = measures(table, np.ones(len(table)), **options), table["prompt"].nunique()
+    for name in SHARES:
+        intervals[f"{prefix}/{name}"] = share_interval(float(found[name]), values[name], num_prompts)
+    return intervals

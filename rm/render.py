@@ -90,7 +90,8 @@ def numbers(batch, column: str, rows: list[int]) -> np.ndarray:
 
 
 def labels(batch, column: str, rows: list[int]) -> list[str]:
-    return [str(value) for value in expect(column_values(batch, column), (str, int), column, rows, "text or a number")]
+    values = expect(column_values(batch, column), (str, int), column, rows, "text or a whole number")
+    return [str(value) for value in values]
 
 
 # ---------------------------------------------------------------- rows to texts

@@ -168,7 +168,10 @@ def _means(values: np.ndarray, prompts: np.ndarray, rng: np.random.Generator) ->
     """[1 + RESAMPLES]: the mean of `values`, and then means with the prompts drawn anew, with replacement."""
     _, groups = np.unique(prompts, return_inverse=True)
     sums, sizes = np.bincount(groups, weights=values), np.bincount(groups).astype(np.float64)
-    return _resampled(len(sums), lambda rows: sums[rows].sum(-1) / sizes[rows].sum(-1), rng)
+    drawn = _resampled(len(sums), lambda rows: sums[rows].sum(-1) / sizes[rows].sum(-1), rng)
+    if np.ptp(drawn) < 1e-12:  # all right, say: then by the posterior of Jeffreys' prior, or there would be no width
+        drawn[1:] = rng.beta(drawn[0] * len(sums) + 0.5, (1 - drawn[0]) * len(sums) + 0.5, RESAMPLES)
+    return drawn
 
 
 def _resampled(count: int, score: Callable[[np.ndarray], np.ndarray], rng: np.random.Generator) -> np.ndarray:
@@ -180,9 +183,12 @@ def _resampled(count: int, score: Callable[[np.ndarray], np.ndarray], rng: np.ra
 
 
 def _with_intervals(scores: dict[str, np.ndarray]) -> Scores:
-    """The values of `_resampled`, and their percentile intervals."""
-    metrics = {name: float(values[0]) for name, values in scores.items()}
-    return metrics, {name: tuple(np.quantile(values[1:], (0.025, 0.975)).tolist()) for name, values in scores.items()}
+    """The values of `_resampled`, and their percentile intervals, in which the value itself always is."""
+    metrics, intervals = {name: float(values[0]) for name, values in scores.items()}, {}
+    for name, values in scores.items():
+        low, high = np.quantile(values[1:], (0.025, 0.975)).tolist()
+        intervals[name] = (min(low, metrics[name]), max(high, metrics[name]))  # Jeffreys' leaves out 0 and 1
+    return metrics, intervals
 
 
 def _ties_scores(table: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:

@@ -21,7 +21,7 @@ MEANING = {  # of `rm.metrics.evaluation_metrics`, in the order of the table: (u
     "prompt_share": ("fraction", "share of the rewards' variance that is the prompt's (ICC)"),
     "brier": ("", "mean of (1 - p)^2, p = sigmoid(margin); a coin has 0.25"),
     "ece": ("fraction", "expected calibration error: |accuracy - confidence|, ten bins"),
-    "temperature": ("", "T that fits sigmoid(margin / T) best; above 1: overconfident"),
+    "temperature": ("", "T that fits sigmoid(margin / T) best; above 1: too sure; inf: no better than chance"),
     "margin": ("reward", "mean of r_chosen - r_rejected"),
     "margin_q05": ("reward", "its quantiles: 5%"),
     "margin_q25": ("reward", "25%"),
@@ -61,19 +61,23 @@ def interval(ends: tuple[float, float] | None) -> str:
 
 def metrics_table(metrics: Mapping[str, float], intervals: Mapping[str, tuple], prefix: str, title: str) -> Table:
     """The metrics `prefix/…` that `MEANING` knows."""
-    table = _table(title, ("metric", "value", "95% interval", "unit: meaning"), right=(1, 2))
+    table = _table(title, ("metric", "value", "95% interval", "unit", "meaning"), right=(1, 2))
     for name, (unit, meaning) in MEANING.items():
         if (key := f"{prefix}/{name}") in metrics:
-            what = Text(f"{unit}: {meaning}" if unit else meaning, "dim")
-            table.add_row(name, number(metrics[key]), interval(intervals.get(key)), what)
+            ends = intervals.get(key)
+            if ends is None and f"{key}_low" in metrics:  # of one prompt the accuracy alone has an interval
+                ends = (metrics[f"{key}_low"], metrics[f"{key}_high"])
+            table.add_row(name, number(metrics[key]), interval(ends), unit, Text(meaning, "dim"))
     return table
 
 
 def score_table(metrics: Mapping[str, float], intervals: Mapping[str, tuple], title: str) -> Table:
     """All metrics that `intervals` has, fractions, by their whole names."""
-    table = _table(title, ("score (fraction)", "value", "95% interval"), right=(1, 2))
+    table = _table(title, ("score", "value", "95% interval", "prompts or pairs"), right=(1, 2, 3))
     for name, ends in intervals.items():
-        table.add_row(Text(name), number(metrics[name]), interval(ends))
+        group = name.rpartition("/")[0]
+        count = next((metrics[key] for key in (f"{group}/prompts", f"{group}/pairs") if key in metrics), None)
+        table.add_row(Text(name), number(metrics[name]), interval(ends), "" if count is None else number(count))
     return table
 
 
@@ -106,7 +110,7 @@ def comparison_table(values: Mapping[str, float], intervals: Mapping[str, tuple]
     for name in ("agreement", "only_this_right", "only_other_right"):
         value, ends = values[f"compare/{name}"], intervals.get(f"compare/{name}")
         table.add_row(name, number(value), "", "", interval(ends))
-    table.caption = "agreement: share of pairs that both order alike; only_this_right: that only this model has right"
+    table.caption = "agreement, only_…_right: shares of pairs that both order alike, that one alone has right"
     table.caption_justify = "left"
     return table
 

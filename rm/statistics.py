@@ -15,11 +15,12 @@ import pandas as pd
 RESAMPLES = 1000
 CELLS = 4_000_000  # resamples x pairs that are held at once
 BINS = 10  # of the calibration error, equally wide
-SCALES = (1e-3, 1e3)  # between these a temperature is looked for
+SCALES = (1e-4, 1e4)  # of the margins' root mean square: between these a temperature is looked for
 
 
 def mean(x_P: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return weight @ np.asarray(x_P, dtype=np.float64) / weight.sum(-1)
+    x_P = np.asarray(x_P, dtype=np.float64)
+    return x_P[0] + weight @ (x_P - x_P[0]) / weight.sum(-1)  # of equal values exactly that value
 
 
 def standard_deviation(x_P: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -52,9 +53,11 @@ def ranks(x_P: np.ndarray) -> np.ndarray:
 def accuracy(margin_P: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
     """Fraction of pairs with margin > 0, ties counted half: `margin_P` is r_chosen - r_rejected.
 
-    From the larger side: so swapping all labels gives 1 - accuracy to the last bit.
+    From the larger side: so swapping all labels gives 1 - accuracy to the last bit. NaN where a margin is NaN.
     """
     weight = np.ones(len(margin_P)) if weight is None else weight
+    if np.isnan(margin_P).any():
+        return np.full(weight.shape[:-1], np.nan)
     right = (margin_P > 0) + 0.5 * (margin_P == 0)
     right, total = weight @ right, weight.sum(-1)
     larger = np.maximum(right, total - right) / total
@@ -90,7 +93,8 @@ def share_between(x_P: np.ndarray, group_P: np.ndarray, weight: np.ndarray) -> n
         between = (weight * (mean_P - grand) ** 2).sum(-1) / (groups - 1)
         within = weight @ (x_P - mean_P) ** 2 / (items - groups)
         size = (items - weight @ size_P / items) / (groups - 1)
-        return (between - within) / (between + (size - 1) * within)
+        share = (between - within) / (between + (size - 1) * within)
+    return np.where((groups > 1.5) & (items > groups), share, np.nan)
 
 
 def confidence_bin(p_P: np.ndarray) -> np.ndarray:
@@ -100,10 +104,14 @@ def confidence_bin(p_P: np.ndarray) -> np.ndarray:
 def temperature(margin_P: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The T that minimises the mean of -log sigmoid(margin / T): above 1, rewards are too far apart, below 1 too near.
 
-    Looked for within `SCALES`; an end of it means that there is none: 0.001 where every pair is right, 1000 where the
-    pairs tell no better than chance.
+    0 where every pair is right (the sharper the better), infinite where they are no better than chance; NaN where all
+    are ties. Looked for within `SCALES` times the margins' root mean square.
     """
-    grid_K = np.geomspace(1 / SCALES[1], 1 / SCALES[0], 100)  # of s = 1 / T, in which the mean is convex: its slope ...
+    unit = math.sqrt(np.mean(np.square(margin_P)))
+    if unit == 0:
+        return np.full(weight.shape[:-1], np.nan)
+    margin_P = margin_P / unit
+    grid_K = np.geomspace(1 / SCALES[1], 1 / SCALES[0], 120)  # of s = 1 / T, in which the mean is convex: its slope ...
     slope_K = -(weight @ (margin_P[:, None] * sigmoid(-margin_P[:, None] * grid_K)))
     above = np.argmax(slope_K >= 0, axis=-1)  # ... changes sign once, before this point
     never = slope_K[..., -1] < 0
@@ -114,7 +122,7 @@ def temperature(margin_P: np.ndarray, weight: np.ndarray) -> np.ndarray:
         slope = -(weight * p_wrong) @ margin_P
         curvature = (weight * p_wrong * (1 - p_wrong)) @ margin_P**2
         scale = np.clip(scale - slope / np.maximum(curvature, 1e-300), low, high)
-    return np.where(never, SCALES[0], 1 / scale)
+    return np.where(never, 0, np.where(above == 0, np.inf, unit / scale))
 
 
 def sigmoid(x_P: np.ndarray) -> np.ndarray:
@@ -150,17 +158,22 @@ def percentiles(values_R: np.ndarray) -> tuple[float, float]:
     values_R = values_R[~np.isnan(values_R)]
     if len(values_R) < RESAMPLES / 2:
         return math.nan, math.nan
-    low, high = np.quantile(values_R, (0.025, 0.975))
+    method = "linear" if np.isfinite(values_R).all() else "inverted_cdf"  # there is nothing between 3 and infinity
+    low, high = np.quantile(values_R, (0.025, 0.975), method=method)
     return float(low), float(high)
 
 
-def accuracy_interval(margin_P: np.ndarray, prompt_P: np.ndarray) -> tuple[float, float]:
-    """95% interval of the accuracy: percentiles of the bootstrap over prompts.
+def share_interval(value: float, values_R: np.ndarray, num_prompts: int) -> tuple[float, float]:
+    """95% interval of a share of pairs: percentiles of its values over resamples of prompts.
 
-    Where all resamples agree (every pair is right, say, or there is one prompt) that has no width, and Wilson's is
-    given, with the number of prompts for n.
+    Where these all agree (every pair is right, say, or there is one prompt) that has no width, and Wilson's is given,
+    with the number of prompts for n.
     """
-    low, high = percentiles(np.concatenate([accuracy(margin_P, counts) for counts in resamples(prompt_P)]))
-    if high - low > 1e-12:
-        return low, high
-    return wilson_interval(float(accuracy(margin_P)), len(np.unique(prompt_P)))
+    low, high = percentiles(values_R)
+    return wilson_interval(value, num_prompts) if high - low < 1e-12 else (low, high)
+
+
+def accuracy_interval(margin_P: np.ndarray, prompt_P: np.ndarray) -> tuple[float, float]:
+    """95% interval of the accuracy, by `share_interval`."""
+    values_R = np.concatenate([accuracy(margin_P, counts) for counts in resamples(prompt_P)])
+    return share_interval(float(accuracy(margin_P)), values_R, len(np.unique(prompt_P)))

@@ -173,3 +173,17 @@ def test_fractions_of_all_steps_and_the_start(zygote, runs, tmp_path):
     assert [row["step"] for row in rows if "train/loss" in row] == [5, 10, 12]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-12", "step-6"]
     torch.testing.assert_close(weights(tmp_path / "run"), weights(runs / "last"))  # none of it changes the training
+
+
+@pytest.mark.parametrize("metric", ["eval/loss", "eval/my_loss", "eval/brier", "eval/chat/ece", "eval/ties"])
+def test_less_of_a_loss_or_an_error_is_better(metric):
+    best = BestEvaluation(metric)
+    assert best.update(1, {metric: 0.5}) and best.update(2, {metric: 0.4}) and not best.update(3, {metric: 0.6})
+
+
+def test_what_has_no_direction_needs_one():
+    for metric in ("eval/temperature", "eval/chat/reward_std", "eval/null_prompt_loss"):
+        with pytest.raises(ValueError, match=f"metric_for_best_model={metric}: more of it is not better"):
+            BestEvaluation(metric)
+    assert BestEvaluation("eval/reward_std", greater_is_better=False).update(1, {"eval/reward_std": 2.0})
+    assert BestEvaluation("eval/accuracy").greater_is_better and BestEvaluation("eval/margin_q05").greater_is_better

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from test_metrics import table
 
@@ -19,7 +20,7 @@ def parts(frame):
 
 def test_by_margin_of_the_model():
     frame = by_margin(PAIRS, bins=2)  # |0.0|, |0.1|, |0.5| and |2|, |2|, |3|
-    assert parts(frame) == [("0.00 to 0.50", 3, 0.5), ("2.00 to 3.00", 3, pytest.approx(2 / 3))]
+    assert parts(frame) == [("0 to 0.5", 3, 0.5), ("2 to 3", 3, pytest.approx(2 / 3))]
     assert frame[["low", "high"]].to_numpy().tolist() == [[0.0, 0.5], [2.0, 3.0]]
     assert (frame["accuracy_low"] < frame["accuracy"]).all() and (frame["accuracy"] < frame["accuracy_high"]).all()
 
@@ -29,12 +30,16 @@ def test_by_length_difference_and_margin_of_the_data():
     assert parts(by_length_difference(pairs, bins=2)) == [("-2 to -1", 3, pytest.approx(2 / 3)), ("+5 to +6", 3, 0.5)]
     assert not len(by_data_margin(pairs))
     given = pairs.assign(data_margin=[0.25, 1, 1, 1, 0.25, 0.25])
-    assert parts(by_data_margin(given, bins=2)) == [("0.25 to 0.25", 3, 0.5), ("1.00 to 1.00", 3, pytest.approx(2 / 3))]
+    assert parts(by_data_margin(given, bins=2)) == [("0.25 to 0.25", 3, 0.5), ("1 to 1", 3, pytest.approx(2 / 3))]
 
 
 def test_equal_values_stand_in_one_bin():
     assert parts(by_length_difference(PAIRS)) == [("+0 to +0", 6, pytest.approx(3.5 / 6))]
-    assert parts(by_margin(PAIRS[:1])) == [("3.00 to 3.00", 1, 1.0)]
+    assert parts(by_margin(PAIRS[:1])) == [("3 to 3", 1, 1.0)]
+    many = table([[m, 0.0] for m in [0.0] * 17 + [1.0, 2.0, 3.0]])
+    assert parts(by_margin(many)) == [("0 to 0", 17, 0.5), ("1 to 3", 3, 1.0)]  # the rest is not lost among them
+    two = pd.concat([many.assign(data_margin=[0.0] * 10 + [1.0] * 10), many.assign(set="without")], ignore_index=True)
+    assert [row[:2] for row in parts(by_data_margin(two))] == [("0 to 0", 10), ("1 to 1", 10)]
 
 
 def test_by_subset_and_set():

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
+from rm.breakdown import breakdowns, reliability
 from rm.metrics import Meter, evaluation_intervals, evaluation_metrics, metric_names
 from rm.show import MEANING
+from rm.statistics import wilson_interval
 
 
 def test_meter_weighs_pairs_not_micro_batches():
@@ -63,7 +65,7 @@ def test_evaluation_metrics_by_hand():
     assert metrics["eval/brier"] == pytest.approx(sum((1 - x) ** 2 for x in p) / 3)
     # 0.73 of the first two, one right and one wrong; 0.5 of the tie, which is half right
     assert metrics["eval/ece"] == pytest.approx((2 * abs(0.5 - p[0]) + 0) / 3)
-    assert metrics["eval/temperature"] == pytest.approx(1000)  # one right and one wrong by as much: a coin
+    assert metrics["eval/temperature"] == math.inf  # one right and one wrong by as much: a coin
     assert (metrics["eval/reward_min"], metrics["eval/reward_max"], metrics["eval/reward_mean"]) == (0, 2, 1)
     assert metrics["eval/reward_std"] == pytest.approx(math.sqrt(2 / 6))
     assert [metrics[f"eval/margin_q{q}"] for q in ("05", "25", "50", "75", "95")] == [-1, -1, 0, 1, 1]
@@ -109,13 +111,28 @@ def test_every_metric_has_an_interval_and_a_meaning():
     for name, (low, high) in intervals.items():
         if name == "eval/ece":  # the error of a resample is larger, since it is an absolute value
             continue
-        assert low - 1e-12 <= metrics[name] <= high + 1e-12 and (
-            low < high or name in ("eval/ties", "eval/null_prompt_loss")
-        ), name
+        assert low - 1e-12 <= metrics[name] <= high + 1e-12, name
+        assert low < high or name == "eval/null_prompt_loss", name
+    assert intervals["eval/null_prompt_loss"] == (metrics["eval/null_prompt_loss"],) * 2
+    assert intervals["eval/ties"] == wilson_interval(0.0, 30)
     assert intervals["eval/accuracy"] == (metrics["eval/accuracy_low"], metrics["eval/accuracy_high"])
     assert {f"eval/{name}" for name in MEANING} == set(metrics) - {"eval/accuracy_low", "eval/accuracy_high"}
     assert evaluation_intervals(data.assign(prompt=1)) == {}
     assert set(metric_names()) == set(metrics)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_leaves_no_number(bad):
+    data = table([[1.0, 0.0], [bad, 0.5], [2.0, 1.0]], subset=["a", "b", "a"], true_margin=1.0)
+    metrics, intervals = evaluation_metrics(data), evaluation_intervals(data)
+    facts = "pairs prompts null_length_accuracy null_prompt_loss accuracy_ceiling a/accuracy a/pairs b/pairs".split()
+    for name in metrics:
+        if name.removeprefix("eval/") in facts:
+            assert math.isfinite(metrics[name]), name
+        elif not name.endswith(("_low", "_high", "b/accuracy", "reward_min", "reward_max")):
+            assert math.isnan(metrics[name]), name
+    assert math.isnan(intervals["eval/loss"][0])
+    assert reliability(data)["pairs"].sum() == 2 and len(breakdowns(data)["by_subset"]) == 2
 
 
 def test_one_pair_has_metrics():

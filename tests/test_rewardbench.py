@@ -42,8 +42,8 @@ def test_reasoning_by_hand(caplog):
     want = (984 * 2 / 4 + 5 * 164 * 1 + 164 * 0) / (984 + 6 * 164)
     assert metrics == {"eval/rewardbench/reasoning": pytest.approx(want), "eval/rewardbench/pairs": 11}
     (interval,) = intervals.values()
-    # only math-prm's four pairs vary: a mean of 4 draws of 1/2 is 0 with probability 1/16 > 2.5%
-    assert interval == pytest.approx((5 / 12, 5 / 12 + 1 / 2))
+    # math-prm's four pairs: a mean of 4 draws of 1/2 is 0 with probability 1/16; what all agree on is not certain
+    assert interval[0] < 5 / 12 < want < interval[1] < 5 / 12 + 1 / 2
     assert "chat_hard: no score, for want of the subsets mt-bench-hard, " in caplog.text
     missing = 447 + 6 * 164 - 11
     assert f"{missing} of the published pairs of math-prm, hep-cpp, hep-go, ... are not there" in caplog.text
@@ -61,7 +61,9 @@ def test_the_score_is_the_mean_of_the_sections():
     assert {f"eval/rb/rewardbench/{name}": value for name, value in right.items()}.items() <= metrics.items()
     assert metrics["eval/rb/rewardbench/score"] == pytest.approx(0.625) and metrics["eval/rb/rewardbench/pairs"] == 92
     low, high = intervals["eval/rb/rewardbench/score"]
-    assert 0.5 < low < 0.625 < high < 0.75 and intervals["eval/rb/rewardbench/chat"] == (1, 1)
+    assert 0.45 < low < 0.625 < high < 0.75
+    low, high = intervals["eval/rb/rewardbench/chat"]  # all 20 pairs are right
+    assert 0.7 < low < 0.95 and high == 1
 
 
 def test_prior_sets_have_half_a_weight():
@@ -86,14 +88,14 @@ def test_other_data_are_not_rewardbench():
 def test_whole_prompts_are_resampled():
     """Twenty pairs of one prompt are as little evidence as one."""
     one = table(donotanswer=[1.0] * 10 + [-1.0] * 10)
-    others = {name.replace("-", "_"): [1.0] for name in SECTIONS["safety"] if name != "donotanswer"}
+    others = {name.replace("-", "_"): [1.0] * 400 for name in SECTIONS["safety"] if name != "donotanswer"}
     rest = table(**others)
     spread = []
     for prompts in (np.arange(20), np.arange(20) // 10):
-        both = pd.concat([one.assign(prompt=prompts), rest.assign(prompt=99)])
+        both = pd.concat([one.assign(prompt=prompts), rest.assign(prompt=99 + np.arange(len(rest)))])
         low, high = rewardbench_metrics(both)[1]["eval/rewardbench/safety"]
         spread.append(high - low)
-    assert spread[1] == pytest.approx(136 / 740) and spread[0] < 0.6 * spread[1]
+    assert spread[1] == pytest.approx(136 / 740, rel=0.05) and spread[0] < 0.6 * spread[1]
 
 
 # ---------------------------------------------------------------- several answers a prompt
@@ -360,7 +362,10 @@ def test_wrong_rows(trained, tmp_path, fails, change, error):
 def test_several_answers_are_not_for_training(tmp_path, fails):
     file = write(tmp_path / "rb2.jsonl", best_of_four())
     error = fails(f"--eval_dataset_name={file}", "--max_train_samples=20")
-    assert "'chosen' has the type List(Value('string'))" in error and "for python -m rm.evaluate alone" in error
+    assert (
+        "'chosen' has the type List(Value('string'))" in error
+        and "for python -m rm.evaluate, one such data set" in error
+    )
 
 
 def test_the_glossary_has_these_metrics():

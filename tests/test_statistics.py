@@ -76,9 +76,11 @@ def test_temperature_by_hand():
     """Margins +m in 3 of 4 pairs and -m in one: sigmoid(m / T) = 3/4, so T = m / log 3."""
     for m in (0.01, 0.5, 2.0, 30.0):
         assert st.temperature(m * np.array([1.0, 1.0, 1.0, -1.0]), ONES) == pytest.approx(m / math.log(3), rel=1e-6)
-    assert st.temperature(X, ONES) == pytest.approx(0.001)  # all are right: the sharper the better
-    assert st.temperature(-X, ONES) == pytest.approx(1000)  # no better than chance
-    assert st.temperature(np.zeros(4), ONES) == pytest.approx(1000)
+    for m in (1e-7, 1e9):  # whatever the unit of the rewards
+        assert st.temperature(m * np.array([1.0, 1.0, 1.0, -1.0]), ONES) == pytest.approx(m / math.log(3), rel=1e-6)
+    assert st.temperature(X, ONES) == 0  # all are right: the sharper the better
+    assert st.temperature(-X, ONES) == math.inf and st.temperature(np.array([1.0, -1.0]), np.ones(2)) == math.inf
+    assert math.isnan(st.temperature(np.zeros(4), ONES))
 
 
 def test_share_between_by_hand():
@@ -88,6 +90,7 @@ def test_share_between_by_hand():
     noise = np.random.default_rng(0).normal(size=4000)
     assert st.share_between(noise, np.repeat(np.arange(2000), 2), np.ones(4000)) == pytest.approx(0, abs=0.05)
     assert math.isnan(st.share_between(x, np.zeros(4), ONES))  # one group
+    assert math.isnan(st.share_between(x, np.arange(4), ONES))  # each item a group
 
 
 def test_wilson_interval_by_hand():
@@ -128,6 +131,17 @@ def test_the_interval_covers():
         low, high = st.accuracy_interval(margin, np.repeat(np.arange(100), 2))
         held += low <= 0.7 <= high
     assert 180 <= held <= 199
+
+
+def test_the_interval_of_a_share_that_all_resamples_agree_on():
+    assert st.share_interval(0.0, np.zeros(st.RESAMPLES), 50) == st.wilson_interval(0.0, 50)
+    low, high = st.share_interval(0.5, np.linspace(0, 1, st.RESAMPLES), 50)
+    assert (low, high) == pytest.approx((0.025, 0.975))
+    assert st.percentiles(np.array([1.0] * 900 + [math.inf] * 100)) == (1.0, math.inf)
+
+
+def test_nan_is_no_accuracy():
+    assert math.isnan(st.accuracy(np.array([1.0, np.nan]))) and math.isnan(st.accuracy_interval(X * np.nan, X)[0])
 
 
 def test_percentiles_leave_out_what_is_not_defined():
