@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -667,6 +666,7 @@ def main(argv: list[str]) -> dict:
         write_text(output_dir / "results.json", json.dumps(results, indent=2))
         run_log.summary(summary)
         write_report(output_dir)
+        logger.info(f"report: {output_dir / 'report.html'}")
         log_charts(run_log, output_dir, evaluated_step)
     run_log.close()
     is_main_process = accelerator.is_main_process
@@ -689,7 +689,6 @@ def run() -> int:
     """`main` with its errors as exit codes: 2 wrong configuration or data, 3 non-finite numbers, 143 stopped by
     SIGTERM after a checkpoint, 1 anything else."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it by its old name
     transformers.logging.set_verbosity_error()  # its reports say of a new head what we log in one line
     transformers.logging.disable_progress_bar()
     argv = sys.argv[1:]

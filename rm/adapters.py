@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rm.pretrained import check_folder, find_adapter, has_no_weights, in_one_lin
 from rm.quantization import keep_weights, without_quantization
 
 logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it by its old name
 
 # options of the program, which are TRL's, and what PEFT's LoraConfig calls them
 LORA = {

@@ -43,7 +43,7 @@ from rm.pretrained import load_tokenizer
 from rm.redact import safe_line
 from rm.render import FROM_TEXT
 from rm.rewardbench import best_of_n_metrics, rewardbench_metrics
-from rm.saved import conversations_from_text, load_saved, recorded_config
+from rm.saved import RENDERED, conversations_from_text, load_saved, recorded_config
 from rm.scorer import Scorer
 from rm.show import breakdown_table, comparison_table, metrics_table, score_table
 from rm.table import pair_table, sets_of, without_missing, worst, write_table
@@ -56,7 +56,6 @@ SAME_DATA = (
     "dataset_name dataset_weights dataset_config dataset_train_split dataset_test_split eval_dataset_name "
     "eval_dataset_config eval_fraction max_eval_samples seed"
 ).split()
-RENDERED = "prompts and answers that are text are scored as %s: %s (text_as_conversation says otherwise)"
 
 
 def pair_lengths(dataset) -> PairLengths:
@@ -227,6 +226,11 @@ def mistake_records(
 
 def main(argv: list[str]) -> dict[str, float]:
     """Evaluate a saved reward model; prints tables, and then the metrics and their intervals as one line of JSON."""
+    if {"-h", "--help"} & set(argv):
+        print(
+            f"{__doc__}\nEvery option of train_rm.py that decides about data, model or speed acts here too (its --help)."
+        )
+        return {}
     own, rest = {}, argv
     for option in ("model", "compare", "mistakes", "output"):
         own[option], rest = take_option(rest, option)
@@ -238,6 +242,8 @@ def main(argv: list[str]) -> dict[str, float]:
     output = Path(own["output"]) if own["output"] else None
     if output is not None and output.exists() and not output.is_dir():
         raise ConfigError(f"command line: output={output}: is a file; give a folder")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ConfigError(f"command line: output={output}: there is no folder {output.parent} to make it in")
     config = recorded_config(own["model"], rest)
     if own["compare"] is not None:
         same = {name: getattr(config, name) for name in SAME_DATA}

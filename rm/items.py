@@ -18,6 +18,7 @@ the assistant's text; for messages also tools and chat_template_kwargs.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,8 @@ def _read(item: Any, tokenizer: Any, chat_template_kwargs: dict[str, Any], text_
     prompt, answers = item.get("prompt"), {key: item[key] for key in keys if key != "prompt"}
     if "responses" in keys:
         if type(item["responses"]) is not list or not item["responses"]:
-            raise ItemError(f"'responses' is {describe(item['responses'])}, expected a list of one answer or more")
+            what = "an empty list" if item["responses"] == [] else describe(item["responses"])
+            raise ItemError(f"'responses' is {what}, expected a list of one answer or more")
         answers = {f"responses[{i}]": answer for i, answer in enumerate(item["responses"])}
     if keys in (("text",), ("messages",)):
         prompt, (key,) = None, keys
@@ -184,8 +186,10 @@ def _variables(item: dict, chat_template_kwargs: dict[str, Any]) -> dict[str, An
 def _stored_ids(item: dict, name: str, mask_name: str, tokenizer: Any) -> np.ndarray:
     """Token ids without the positions that the attention mask calls padding."""
     ids, mask = item[name], item.get(mask_name)
-    if type(ids) is not list or any(type(i) is not int for i in ids) or not ids:
-        raise ItemError(f"{name!r} is {describe(ids)}, expected a list of integers")
+    if type(ids) is not list or not ids:
+        raise ItemError(f"{name!r} is {'an empty list' if ids == [] else describe(ids)}, expected a list of integers")
+    if bad := next((f"{name}[{i}] is {value!r}"[:100] for i, value in enumerate(ids) if type(value) is not int), None):
+        raise ItemError(f"{bad}, expected a whole number")
     if mask is not None and (type(mask) is not list or len(mask) != len(ids) or not set(map(str, mask)) <= {"0", "1"}):
         raise ItemError(f"{name!r} needs an attention mask of as many 0s and 1s as it has tokens")
     last = max(tokenizer.get_vocab().values())
@@ -237,8 +241,10 @@ def _tokenize(texts: list[str], tokenizer: Any, add_special_tokens: bool, end: l
     quiet = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     try:
         ids = tokenizer(texts, add_special_tokens=add_special_tokens, **quiet)["input_ids"]
-    except Exception as error:  # a lone surrogate, say
-        raise ItemError(f"the tokenizer cannot read the text: {one_line(error)}") from error
+    except Exception as error:
+        half = re.search("[\ud800-\udfff]", "".join(texts))
+        why = f"it holds half of a surrogate pair, {ascii(half[0])}" if half else one_line(error)
+        raise ItemError(f"the tokenizer cannot read the text: {why}") from error
     return [with_end(values, end) for values in ids]
 
 

@@ -233,7 +233,8 @@ def name_sets(
         if not re.fullmatch(r"[\w.+-]+", name):
             raise DataError(f"{key}: {name!r} is no name for a set; use letters, digits and . _ + -")
         if f"eval/{name}" in metrics:
-            raise DataError(f"{key}: a set cannot be named {name!r}, which is a metric; give another name, in a dict")
+            fix = "give another name, in a dict" if key == "eval_dataset_name" else "rename the file or folder"
+            raise DataError(f"{key}: a set cannot be named {name!r}, which is a metric; {fix}")
     return dict(zip(names, zip(places, configs, strict=True), strict=True))
 
 

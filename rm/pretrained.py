@@ -210,6 +210,7 @@ def _disable_dropout(model: nn.Module) -> None:
 def check_folder(name: str) -> None:
     """Raise `ModelError` for what can only be a folder and is none: the hub's message would be about names of repos."""
     is_local = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1 or Path(name).is_file()
+    is_local |= name.startswith("runs/")  # where runs are kept
     if is_local and not Path(name).is_dir():
         raise ModelError(f"'{name}': there is no such folder; give a model's folder or its name on the hub")
 

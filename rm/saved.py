@@ -17,6 +17,8 @@ from rm.model import RewardModel, use_cpu_kernel
 from rm.pretrained import check_folder, find_adapter
 from rm.quantization import QUANTIZATION_OPTIONS, quantization_config
 
+RENDERED = "a prompt and answers that are text are scored as %s: %s"
+
 
 def recorded_config(name: str, rest: Sequence[str]) -> RewardConfig:
     """The options of the run in the folder `name` (defaults, if it is none), and over them those of a command line."""
@@ -58,6 +60,10 @@ def conversations_from_text(config: RewardConfig, tokenizer: PreTrainedTokenizer
         formats = set()
     if not formats:
         has_template = bool(tokenizer.chat_template)
-        return has_template, f"the tokenizer has {'a' if has_template else 'no'} chat template"
+        return (
+            has_template,
+            f"the tokenizer has {'a' if has_template else 'no'} chat template; text_as_conversation decides otherwise",
+        )
     was_trained_so = all(name.startswith("conversation") for name in formats)
-    return was_trained_so, f"the model was trained on {'conversations' if was_trained_so else 'text'}"
+    kind = "conversations" if was_trained_so else "text"
+    return was_trained_so, f"the model was trained on {kind}; text_as_conversation decides otherwise"

@@ -35,7 +35,7 @@ from rm.precision import set_tf32
 from rm.pretrained import check_folder, find_adapter, load_tokenizer
 from rm.quantization import QUANTIZATION_OPTIONS
 from rm.redact import safe_line
-from rm.saved import conversations_from_text, load_saved, recorded_config
+from rm.saved import RENDERED, conversations_from_text, load_saved, recorded_config
 from rm.scorer import Scorer, score_trees
 from rm.stream import (
     Signals,
@@ -87,11 +87,15 @@ def load_scorer(model: str, *, normalize: bool = False, **options: Any) -> Score
     for name in options:
         if name not in OPTIONS:
             raise ConfigError(f"{name}: cannot act in scoring; there are {', '.join(OPTIONS)}")
+    model = str(model)
     given = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
     config = recorded_config(model, ["dataset_name=toy", *given])  # no data set is read
     set_tf32(config.tf32)
     tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
     saved, tolerance = load_saved(config, tokenizer)
+    as_conversation, why = conversations_from_text(config, tokenizer)
+    if tokenizer.chat_template:
+        logger.info(RENDERED, "conversations" if as_conversation else "text", why)
     scale = read_scale(model, saved.config, is_adapter=find_adapter(model) is not None) if normalize else None
     has_accelerator = torch.accelerator.is_available()
     budget = config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens
@@ -106,7 +110,7 @@ def load_scorer(model: str, *, normalize: bool = False, **options: Any) -> Score
         weights=config.eval_dtype,
         scale=scale and (scale["reward_mean"], scale["reward_std"]),
         add_eos=config.add_eos,
-        text_as_conversation=conversations_from_text(config, tokenizer)[0],
+        text_as_conversation=as_conversation,
         chat_template_kwargs=config.chat_template_kwargs,
         max_length=config.max_length if "max_length" in options else None,
         overlength=config.overlength if "overlength" in options else "drop",
@@ -122,7 +126,7 @@ def main(argv: list[str]) -> int:
         print(help_text())
         return 0
     model, source, target, flags, options = _parse(argv)
-    end, records = read_output(target) if target else (0, [])
+    end, written, records = read_output(target) if target else (0, 0, [])
     scorer = load_scorer(model, normalize=flags["normalize"], **options)
     logger.info(f"{model}: {scorer.layout} ({scorer.reason}) on {scorer.device}")
     signals, started = Signals(), time.perf_counter()
@@ -131,8 +135,8 @@ def main(argv: list[str]) -> int:
     done = records[-1]["line"] if records else 0
     if records:
         lines = _skip(scorer, lines, records, target, source, flags["only_rewards"])
-        logger.info(f"{target}: has the lines up to {done}")
-    file = open_output(target, end) if target else sys.stdout.buffer
+        logger.info(f"{target}: has the lines up to {done}; what comes after them is scored")
+    file = open_output(target, end, written) if target else sys.stdout.buffer
     size = os.path.getsize(source) if source and Path(source).is_file() else None  # of a pipe it is not known
     num_lines = num_errors = num_tokens = 0
     first_error = None
@@ -251,8 +255,14 @@ def warn_of_family(window: Sequence[tuple[int, bytes | None]], trained: set[str]
         except ItemError:
             continue
         if family not in trained | {"tokenized"}:
-            how = "as they are, without the chat template" if family == "text" else "by the chat template"
-            text = f"line {number} is {family}, the model was trained on {trained.pop()}; such lines are scored {how}"
+            text = f"line {number} is text without a prompt to make a message of, and the model was trained on "
+            text += "conversations: such lines are scored as they are, without the chat template"
+            if family != "text":
+                text = f"line {number} is a conversation, and the model was trained on text: such lines are scored by "
+                text += "the chat template"
+            if family == "text" and not text_as_conversation:
+                text = f"line {number} is text, and the model was trained on conversations: such lines are scored as "
+                text += "they are, without the chat template"
             return tqdm.write(f"warning: {text}", file=sys.stderr)
 
 

@@ -15,9 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from rm.items import ItemError
 from rm.load import DataError, one_line
 
+START = b'{"line": '  # of every line that is written
 MAX_LINE = 64 << 20  # bytes; a longer line is not read
 NUM_CHECKED = 4  # lines at each end of an output that are compared with what would be written now
 
@@ -104,19 +110,24 @@ def to_line(record: dict[str, Any]) -> bytes:
         return (json.dumps(record) + "\n").encode()
 
 
-def read_output(path: Path) -> tuple[int, list[dict]]:
-    """Bytes in whole lines of an output (0 if there is none), and its first and last few records.
+def read_output(path: Path) -> tuple[int, int, list[dict]]:
+    """Bytes in whole lines of an output and in all of it (0 if there is none), and its first and last few records.
 
     Raises:
         DataError: they are not what `rm.score` writes.
     """
-    end, first, last = 0, [], deque(maxlen=NUM_CHECKED)
+    end, size, count, first, last = 0, 0, 0, [], deque(maxlen=NUM_CHECKED)
+    fix = "give another --output, or remove it"
     if path.exists():
         with open(path, "rb") as file:
-            for number, line in enumerate(file):
+            for line in file:
+                size += len(line)
                 if line.endswith(b"\n"):
                     end += len(line)
-                    (first if number < NUM_CHECKED else last).append(line)
+                    (first if count < NUM_CHECKED else last).append(line)
+                    count += 1
+                elif line[: len(START)] != START[: len(line)]:  # torn lines of ours begin so; others' are not cut
+                    raise DataError(f"{path}: holds something else than the rewards of earlier lines; {fix}")
     records, before = [], 0
     for line in (*first, *last):
         try:
@@ -124,16 +135,29 @@ def read_output(path: Path) -> tuple[int, list[dict]]:
             number = record["line"]
             assert type(number) is int and number > before
         except (ValueError, TypeError, KeyError, AssertionError):
-            fix = "give another --output, or remove it"
             raise DataError(f"{path}: holds something else than the rewards of earlier lines; {fix}") from None
         records.append(record)
         before = number
-    return end, records
+    if count > before:
+        raise DataError(f"{path}: holds {count} lines, the last of which answers line {before}; {fix}")
+    return end, size, records
 
 
-def open_output(path: Path, end: int) -> BinaryIO:
-    """The output to append to, cut behind its last whole line."""
+def open_output(path: Path, end: int, size: int) -> BinaryIO:
+    """The output to append to, cut behind its last whole line, and locked: nobody else appends to it.
+
+    Raises:
+        DataError: another program writes it, or has done so since it had `size` bytes.
+    """
     file = open(path, "ab", buffering=0)  # noqa: SIM115
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_size != size:
+            raise BlockingIOError
+    except BlockingIOError:
+        file.close()
+        raise DataError(f"{path}: another program is writing it; wait for that, or give another --output") from None
     file.truncate(end)
     return file
 

@@ -2,17 +2,21 @@
 
 import importlib.util
 import json
+import math
+import shutil
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
 from conftest import PAD, random_pairs, tiny_classifier
 from runs import SMALL, mixture, reset_accelerate
+from safetensors.torch import load_file, save_file
 
 import train_rm
 from rm import evaluate
 from rm.config import ConfigError
 from rm.model import ModelError, RewardModel
+from rm.pretrained import load_tokenizer
 from rm.table import read_table
 
 
@@ -208,3 +212,38 @@ def test_the_launchers_precision_is_in_the_record(train, monkeypatch):
     reset_accelerate()
     metrics = evaluate.main([f"--model={folder}"])
     assert metrics == pytest.approx({name: summary[name] for name in metrics}, abs=1e-9)
+
+
+def test_rewards_that_are_not_finite_are_named_and_are_no_numbers(trained, tmp_path, capsys, caplog):
+    folder = shutil.copytree(trained[1], tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    tokenizer = load_tokenizer(str(folder))
+    weights["model.embed_tokens.weight"][tokenizer.convert_tokens_to_ids("yeast")] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    rows = [{"id": name, "chosen": f"hello! {name} it.", "rejected": "sorry."} for name in ("rinse", "yeast", "boil")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reset_accelerate()
+    metrics = evaluate.main([f"--model={folder}", f"--dataset_name={tmp_path / 'pairs.jsonl'}"])
+    assert math.isnan(metrics["eval/accuracy"]) and metrics["eval/pairs"] == 3
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert json.loads(last, parse_constant=pytest.fail)["eval/loss"] == "NaN"
+    assert "the rewards of 1 of 3 evaluation pairs are not finite: yeast" in caplog.text
+
+
+def test_a_run_whose_evaluation_is_not_finite_is_saved(train, pretrained, tmp_path):
+    folder = shutil.copytree(pretrained, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    tokenizer = load_tokenizer(str(folder))
+    weights["model.embed_tokens.weight"][tokenizer.convert_tokens_to_ids("yeast")] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    row = {"chosen": "hello! rinse it.", "rejected": "sorry."}
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row | {"id": str(i)}) for i in range(20)))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, [row, row | {"chosen": "yeast."}])))
+    data = [f"--dataset_name={tmp_path / 'train.jsonl'}", f"--eval_dataset_name={tmp_path / 'test.jsonl'}"]
+    summary, out = train("out", *data, f"--model_name_or_path={folder}", "--max_steps=1")
+    assert summary["eval/accuracy"] == "NaN" and (out / "model.safetensors").exists()
+    json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_help(capsys):
+    assert evaluate.main(["--help"]) == {} and "--compare OTHER_OUT" in capsys.readouterr().out

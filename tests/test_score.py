@@ -23,7 +23,7 @@ from rm.collate import Tree
 from rm.config import ConfigError
 from rm.data import tokenize_pairs
 from rm.items import ItemError, encode_items
-from rm.load import load_raw
+from rm.load import DataError, load_raw
 from rm.model import ModelError, RewardModel
 from rm.normalization import reward_scale, sample_of
 from rm.pretrained import load_tokenizer
@@ -185,7 +185,7 @@ BAD = [
     ({"text": "\ud800"}, "tokenizer cannot read"),
     ({"response": "b"}, "no 'prompt'"),
     ({"prompt": 3, "response": "b"}, "'prompt' is a number"),
-    ({"prompt": "a", "responses": []}, "'responses' is a list, expected a list of one"),
+    ({"prompt": "a", "responses": []}, "'responses' is an empty list, expected a list of one"),
     ({"prompt": "a", "responses": ["b", ""]}, r"'responses\[1\]' is blank"),
     ({"prompt": "a", "responses": ["b", 4]}, r"'responses\[1\]' is a number"),
     ({"prompt": "a", "response": say("b")}, "'prompt' is text, but not a message"),
@@ -196,7 +196,7 @@ BAD = [
     ({"messages": ASK, "tools": 3}, "'tools' is a number"),
     ({"messages": ASK, "chat_template_kwargs": {"conversation": 1}}, "chat template refuses"),
     ({"input_ids": [3, 9999]}, "token id 9999"),
-    ({"input_ids": [3, "a"]}, "list of integers"),
+    ({"input_ids": [3, "a"]}, "list of integers|is .a., expected a whole number"),
     ({"input_ids": [3, 4], "attention_mask": [1]}, "attention mask"),
     ({"input_ids": [3, 4], "attention_mask": [0, 0]}, "no tokens"),
 ]
@@ -460,7 +460,7 @@ def test_help_and_a_warning_of_texts_for_a_model_of_conversations(folders, comma
     shown = capfdbinary.readouterr().out.decode()
     assert all(f"--{name}" in shown for name in (*score.OWN_OPTIONS, *score.OPTIONS))
     _, said = command(f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", lines=LINES)
-    assert "line 7 is text, the model was trained on conversation" in said
+    assert "line 7 is text without a prompt to make a message of, and the model was trained on conversations" in said
     _, said = command(f"--model={folders('full')}", "--input=x.jsonl", "--output=z.jsonl", lines=LINES[:4])
     assert "warning" not in said
 
@@ -547,3 +547,26 @@ def test_a_resumed_run_has_the_same_scale(train):
     scale = json.loads((whole / "results.json").read_text())["normalization"]
     assert scale["reward_answers"] == 60
     assert scale == json.loads((again / "results.json").read_text())["normalization"]
+
+
+def test_a_file_of_others_is_never_cut(folders, tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text('{"text": "be brief."}\n')
+    command = [f"--model={folders('full')}", f"--input={tmp_path / 'x.jsonl'}", f"--output={tmp_path / 'y'}"]
+    for content in ('{"accuracy": 0.9}', "notes", '{"line": 1, "reward": 0.5}\n{"line": 1, "reward": 0.5}\n'):
+        (tmp_path / "y").write_text(content)
+        with pytest.raises(DataError, match="something else than the rewards|holds 2 lines"):
+            score.main(command)
+        assert (tmp_path / "y").read_text() == content
+    (tmp_path / "y").write_text('{"li')  # a line of ours, torn
+    assert score.main(command) == 0 and json.loads((tmp_path / "y").read_text())["line"] == 1
+
+
+def test_two_programs_do_not_write_one_output(tmp_path):
+    one = stream.open_output(tmp_path / "y", 0, 0)
+    with pytest.raises(DataError, match="another program is writing it"):
+        stream.open_output(tmp_path / "y", 0, 0)
+    one.write(b"x\n")
+    one.close()
+    with pytest.raises(DataError, match="another program is writing it"):  # it was, since we looked
+        stream.open_output(tmp_path / "y", 0, 0)
+    stream.open_output(tmp_path / "y", 2, 2).close()
