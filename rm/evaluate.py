@@ -228,7 +228,7 @@ def main(argv: list[str]) -> dict[str, float]:
     """Evaluate a saved reward model; prints tables, and then the metrics and their intervals as one line of JSON."""
     if {"-h", "--help"} & set(argv):
         print(
-            f"{__doc__}\nEvery option of train_rm.py that decides about data, model or speed acts here too (its --help)."
+            f"{__doc__}\nOptions of train_rm.py that decide about data, model or speed act here too (see its --help)."
         )
         return {}
     own, rest = {}, argv
