@@ -60,13 +60,13 @@ def charts(table: pd.DataFrame | None) -> dict[str, Any]:
             found[f"charts/accuracy_by_{name}"] = wandb.plot.bar(numbers, "bin", "accuracy", title=title)
     some = table.sample(min(len(table), MAX_POINTS // 2), random_state=0)
     rows = [
-        [int(row[f"length_{side}"]), float(row[f"reward_{side}"]), side]
+        [int(row[f"length_{side}"] - row["prefix_length"]), float(row[f"reward_{side}"]), side]
         for row in some.to_dict("records")
         for side in ("chosen", "rejected")
     ]
-    points = wandb.Table(columns=["length (tokens)", "reward", "side"], data=rows)
-    title = f"Reward against length ({len(some)} pairs)"
-    found["charts/reward_by_length"] = wandb.plot.scatter(points, "length (tokens)", "reward", title=title)
+    points = wandb.Table(columns=["answer (tokens)", "reward", "side"], data=rows)
+    title = f"Reward against the length of the answer ({len(some)} pairs)"
+    found["charts/reward_by_length"] = wandb.plot.scatter(points, "answer (tokens)", "reward", title=title)
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 from rm.breakdown import by_data_margin, by_length_difference, by_margin, by_set, by_subset, reliability
 from rm.loss import pairwise_loss
 from rm.read_run import Run, number
-from rm.statistics import accuracy
+from rm.statistics import accuracy, correlation, percentiles, ranks, resamples
 
 MAX_INTERVALS = 40  # evaluations whose tables are read for the intervals on the curves
 MAX_ROWS = 40  # of a figure of subsets
@@ -145,9 +145,7 @@ def evaluation_pictures(table: pd.DataFrame, key: str = "") -> Iterator[Picture]
     columns = [("chosen", chosen), ("rejected", rejected)]
     caption = f"{count}. The more the two overlap, the less reward tells them apart (pairs of different prompts too)."
     yield picture("reward-histogram", title, caption, histogram(columns, "reward", "answers"))
-    caption = (
-        f"{count}: {np.mean(margin > 0):.1%} right, {np.mean(margin < 0):.1%} wrong, {np.mean(margin == 0):.1%} ties."
-    )
+    caption = f"{count}: {np.sum(margin > 0):,} right, {np.sum(margin < 0):,} wrong, {np.sum(margin == 0):,} ties."
     figure = histogram([("margin", margin)], "margin: reward of chosen - reward of rejected", "pairs", split=True)
     yield picture("margin-histogram", "Margins", caption, figure)
     bins = reliability(table)
@@ -175,11 +173,12 @@ def evaluation_pictures(table: pd.DataFrame, key: str = "") -> Iterator[Picture]
         caption += f" The {MAX_ROWS} largest of {len(bins)}; all are in the table." if len(shown) < len(bins) else ""
         yield picture(name, title, caption.strip(), accuracy_bins(shown, what, guess), bins)
 
-    lengths = [table[f"length_{side}"].to_numpy(dtype=float) for side in ("chosen", "rejected")]
+    prefix, prompt = table["prefix_length"].to_numpy(), table["prompt"].to_numpy()
+    lengths = [table[f"length_{side}"].to_numpy(dtype=float) - prefix for side in ("chosen", "rejected")]
     groups = [("chosen", lengths[0], chosen), ("rejected", lengths[1], rejected)]
     what = "means in bins of equal counts with 95% intervals (1.96 standard errors)"
     for name, title, points, xlabel, ylabel in (
-        ("length", "Reward against length", groups, "length with the prompt (tokens)", "reward"),
+        ("length", "Reward against length", groups, "length of the answer (tokens)", "reward"),
         (
             "length-difference",
             "Margin against length difference",
@@ -191,7 +190,7 @@ def evaluation_pictures(table: pd.DataFrame, key: str = "") -> Iterator[Picture]
         figure, are_many = scatter(points, xlabel, ylabel)
         points_are = "each point an answer" if name == "length" else "each point a pair"
         cells = "the stronger a cell, the more points in it" if are_many else points_are
-        r = correlation(*(np.concatenate(side) for side in list(zip(*points, strict=True))[1:]))
+        r = rank_correlation(*(np.concatenate(side) for side in list(zip(*points, strict=True))[1:]), prompt)
         caption = f"{count}; {cells}; lines are {what}. {r}"
         yield picture(name, title, caption, figure)
     if "true_margin" in table and table["true_margin"].notna().any():
@@ -200,7 +199,7 @@ def evaluation_pictures(table: pd.DataFrame, key: str = "") -> Iterator[Picture]
         caption = (
             f"{np.isfinite(true).sum():,} pairs whose labels were drawn from a known reward: the margin should grow "
         )
-        caption += f"with the true one, one for one. {correlation(true, margin)}"
+        caption += f"with the true one, one for one. {rank_correlation(true, margin, prompt)}"
         yield picture("true-margin", "Learned against true margin", caption, figure)
 
 
@@ -297,16 +296,17 @@ def _losses(table: pd.DataFrame, config: dict[str, Any]) -> np.ndarray:
     return loss.numpy()
 
 
-def correlation(x: np.ndarray, y: np.ndarray) -> str:
-    """Pearson's r with its 95% interval by Fisher's transformation, as a sentence."""
-    finite = np.isfinite(x) & np.isfinite(y)
-    x, y = x[finite], y[finite]
-    if len(x) < 4 or x.std() == 0 or y.std() == 0:
+def rank_correlation(x: np.ndarray, y: np.ndarray, prompt: np.ndarray) -> str:
+    """Spearman's correlation with its 95% interval by the bootstrap over prompts, as a sentence: the metric's numbers.
+
+    `x`, `y`: a value for each pair, or first those of the chosen answers and then those of the rejected ones.
+    """
+    if not np.isfinite(x).all() or len(np.unique(prompt)) < 2:
         return ""
-    r = float(np.corrcoef(x, y)[0, 1])
-    half = Z / math.sqrt(len(x) - 3)
-    low, high = (math.tanh(math.atanh(min(max(r, -0.999999), 0.999999)) + side * half) for side in (-1, 1))
-    return f"Correlation r = {r:.2f} (95% interval {low:.2f} to {high:.2f}, points taken as independent)."
+    both, copies = (ranks(x), ranks(y)), (1, len(x) // len(prompt))
+    r = float(correlation(*both, np.ones(len(x))))
+    low, high = percentiles(np.concatenate([correlation(*both, np.tile(w, copies)) for w in resamples(prompt)]))
+    return "" if math.isnan(r) else f"Rank correlation {r:.2f} (95% interval {low:.2f} to {high:.2f}, over prompts)."
 
 
 def _gaps(curves: Any) -> str:

@@ -104,7 +104,7 @@ def curves(
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter("")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.set(xlabel="optimizer step", ylabel=ylabel)
     if len(lines) + len(references) > 1:
         _legend(figure, axes)
@@ -169,7 +169,7 @@ def accuracy_bins(bins: pd.DataFrame, what: str, references: Sequence[tuple[floa
     axes.errorbar(bins["accuracy"], rows, **bars)
     for i, (value, label) in enumerate(references):
         axes.axvline(value, color=INK, linewidth=1, linestyle=(":", "--")[i % 2], label=label)
-    axes.set_yticks(rows, [short(str(name), 22) for name in bins["bin"]])
+    axes.set_yticks(rows, short_apart([str(name) for name in bins["bin"]], 24))
     axes.set(xlabel="accuracy", ylabel=what, ylim=(len(bins) - 0.5, -0.5))
     axes.set_xlim(left=min([axes.get_xlim()[0], *(value - 0.02 for value, _ in references)]))
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -218,7 +218,7 @@ def movement(chosen: pd.Series, rejected: pd.Series) -> Figure:
         values = thin(values, 60)
         axes.plot(values.index, values.to_numpy(), **look, label=label, markeredgewidth=0)
     axes.set(xlabel="optimizer step", ylabel="reward")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(3))
     _legend(figure, axes)
     return figure
@@ -253,6 +253,15 @@ def short(text: str, most: int) -> str:
     """`text` in a line of at most `most` characters that a drawing can hold."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def short_apart(texts: Sequence[str], most: int) -> list[str]:
+    """The texts at most so long, cut in the middle, where what tells them apart is seldom; longer if they are equal."""
+    while True:
+        cut = [t if len(t) <= most else f"{short(t, most // 2)}{t[len(t) - most // 2 :]}" for t in texts]
+        if len(set(cut)) == len(set(texts)):
+            return [short(t, most + 1) for t in cut]
+        most += 4
 
 
 def _figure() -> tuple[Figure, Any]:

@@ -84,7 +84,7 @@ def run_page(run: Run) -> dict[str, Any]:
     data = ", ".join(map(str, names_in(run.config.get("dataset_name")))) or "pairs"
     page["lead"] = [
         f"{run.config.get('model_name_or_path', 'A model')}, trained on {data}: a reward model gives a score to an "
-        "answer, learned from pairs of answers of which people preferred one (chosen) to the other (rejected)."
+        "answer, learned from pairs of answers of which one (chosen) was preferred to the other (rejected)."
     ]
     numbers = {key: run.final.get(name) for key, name in (("steps", "train/steps"), ("seconds", "speed/train_seconds"))}
     if all(value is not None for value in numbers.values()):

@@ -21,6 +21,7 @@ from rm.plots import Line, binned_means, curves, histogram, style, svg, thin
 from rm.read_run import ReadError, read_run
 from rm.report import distinct_names, report_html, write_report
 from rm.report_parts import excerpt
+from rm.statistics import ranks
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = "</div></svg></details><script>alert(1)</script>&amp;\x00\x1b[31m\u202e\ud800 $\\frac{1}{0}$ \"'{{ 7*7 }}"
@@ -191,10 +192,21 @@ def test_what_is_drawn_is_what_was_logged(tmp_path):
     page = Page(report_html([tmp_path / "run"]))
     p = float((margin > 0).mean())
     assert page.row("eval/accuracy")[1] == f"{p:.4f}"
-    assert f"{p:.1%} right" in page.text
+    assert f"{(margin > 0).sum()} right, {(margin < 0).sum()} wrong" in page.text
+    x = np.concatenate([pairs[f"length_{side}"] - pairs["prefix_length"] for side in ("chosen", "rejected")])
+    y = np.concatenate([pairs["reward_chosen"], pairs["reward_rejected"]])
+    r = np.corrcoef(*map(ranks, (x, y)))[0, 1]
+    assert f"Rank correlation {r:.2f} (95% interval" in page.text
     assert page.row("10", "+1.000") == ["10", "+1.000", "+0.250", "+0.750"]
     assert page.row("learning_rate") == ["learning_rate", "0.001", "0.0001"]
     assert page.row("identical")[1:] == ["34", "34", "dropped: chosen and rejected are the same tokens"]
+
+
+def test_labels_are_cut_where_they_still_differ():
+    names = ["rb/llmbar-adver-neighbor-of-one", "rb/llmbar-adver-neighbor-of-two", "chat"]
+    cut = rm.plots.short_apart(names, 16)
+    assert len(set(cut)) == 3 and cut[2] == "chat" and all("…" in name for name in cut[:2])
+    assert rm.plots.short_apart(["a" * 50, "a" * 51], 10)[0] != rm.plots.short_apart(["a" * 50, "a" * 51], 10)[1]
 
 
 def test_mean_interval():
