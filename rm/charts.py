@@ -64,9 +64,11 @@ def charts(table: pd.DataFrame | None) -> dict[str, Any]:
         for row in some.to_dict("records")
         for side in ("chosen", "rejected")
     ]
-    points = wandb.Table(columns=["answer (tokens)", "reward", "side"], data=rows)
-    title = f"Reward against the length of the answer ({len(some)} pairs)"
-    found["charts/reward_by_length"] = wandb.plot.scatter(points, "answer (tokens)", "reward", title=title)
+    points = wandb.Table(columns=["length of the answer (tokens)", "reward", "side"], data=rows)
+    title = f"Reward against length ({len(some)} pairs)"
+    found["charts/reward_by_length"] = wandb.plot.scatter(
+        points, "length of the answer (tokens)", "reward", title=title
+    )
     return found
 
 

@@ -270,7 +270,7 @@ def main(argv: list[str]) -> dict[str, float]:
         loss |= {"label_smoothing": config.label_smoothing_factor}
         metrics, intervals = pairs_metrics(table, **loss), pairs_metrics(table, intervals=True, **loss)
         parts, mistakes = breakdowns(table), mistake_records(pairs, table, worst(table, int(num_mistakes)))
-        shown = [metrics_table(metrics, intervals, "eval", f"Evaluation of {name}")]
+        shown = [metrics_table(metrics, intervals, "eval", f"Evaluation of {name}", console.width)]
         if published := {key: ends for key, ends in intervals.items() if "/rewardbench/" in key}:
             shown.append(score_table(metrics, published, "RewardBench"))
         shown += [breakdown_table(key, rows) for key, rows in parts.items() if key != "by_set" or pairs.are_several]

@@ -17,7 +17,7 @@ import torch
 from rm.breakdown import by_data_margin, by_length_difference, by_margin, by_set, by_subset, reliability
 from rm.loss import pairwise_loss
 from rm.read_run import Run, number
-from rm.statistics import accuracy, correlation, percentiles, ranks, resamples
+from rm.statistics import accuracy
 
 MAX_INTERVALS = 40  # evaluations whose tables are read for the intervals on the curves
 MAX_ROWS = 40  # of a figure of subsets
@@ -127,19 +127,24 @@ def training_pictures(run: Run, intervals: Intervals) -> Iterator[Picture]:
         yield Picture("speed", "Speed", caption, drawing)
 
 
-def evaluation_pictures(table: pd.DataFrame, key: str = "") -> Iterator[Picture]:
-    """Pictures of one evaluation from its per-pair table. `key` goes in front of their keys, to tell sets apart."""
+def evaluation_pictures(table: pd.DataFrame, key: str = "", run: Run | None = None) -> Iterator[Picture]:
+    """Pictures of one evaluation from its per-pair table. `key` goes in front of their keys, to tell sets apart.
+
+    `run`: whose final metrics the table is of; they stand in the captions.
+    """
     from rm.plots import accuracy_bins, histogram, reliability_diagram, scatter, svg
 
-    table = with_finite_rewards(table)
+    num_pairs, table = len(table), with_finite_rewards(table)
     if table.empty:
         return
+    left_out = f" Left out: {num_pairs - len(table):,} of {num_pairs:,} pairs, whose rewards are not finite."
+    left_out = left_out if len(table) < num_pairs else ""
     chosen, rejected = table["reward_chosen"].to_numpy(), table["reward_rejected"].to_numpy()
     margin = chosen - rejected
     count = f"{len(table):,} pair{'s' if len(table) != 1 else ''}"
 
     def picture(name: str, title: str, caption: str, figure: Any, numbers: pd.DataFrame | None = None) -> Picture:
-        return Picture(key + name, title, caption, svg(figure, key + name, title), numbers)
+        return Picture(key + name, title, caption + left_out, svg(figure, key + name, title), numbers)
 
     title = "Rewards of chosen and of rejected answers"
     columns = [("chosen", chosen), ("rejected", rejected)]
@@ -173,8 +178,7 @@ def evaluation_pictures(table: pd.DataFrame, key: str = "") -> Iterator[Picture]
         caption += f" The {MAX_ROWS} largest of {len(bins)}; all are in the table." if len(shown) < len(bins) else ""
         yield picture(name, title, caption.strip(), accuracy_bins(shown, what, guess), bins)
 
-    prefix, prompt = table["prefix_length"].to_numpy(), table["prompt"].to_numpy()
-    lengths = [table[f"length_{side}"].to_numpy(dtype=float) - prefix for side in ("chosen", "rejected")]
+    lengths = [(table[f"length_{side}"] - table["prefix_length"]).to_numpy(float) for side in ("chosen", "rejected")]
     groups = [("chosen", lengths[0], chosen), ("rejected", lengths[1], rejected)]
     what = "means in bins of equal counts with 95% intervals (1.96 standard errors)"
     for name, title, points, xlabel, ylabel in (
@@ -190,23 +194,24 @@ def evaluation_pictures(table: pd.DataFrame, key: str = "") -> Iterator[Picture]
         figure, are_many = scatter(points, xlabel, ylabel)
         points_are = "each point an answer" if name == "length" else "each point a pair"
         cells = "the stronger a cell, the more points in it" if are_many else points_are
-        r = rank_correlation(*(np.concatenate(side) for side in list(zip(*points, strict=True))[1:]), prompt)
-        caption = f"{count}; {cells}; lines are {what}. {r}"
-        yield picture(name, title, caption, figure)
+        metric = "eval/reward_length_spearman" if name == "length" else "eval/margin_length_spearman"
+        caption = f"{count}; {cells}; lines are {what}. {rank_correlation(run, metric)}"
+        yield picture(name, title, caption.strip(), figure)
     if "true_margin" in table and table["true_margin"].notna().any():
         true = table["true_margin"].to_numpy(dtype=float)
         figure, _ = scatter([("pairs", true, margin)], "true margin (log-odds)", "learned margin")
         caption = (
             f"{np.isfinite(true).sum():,} pairs whose labels were drawn from a known reward: the margin should grow "
         )
-        caption += f"with the true one, one for one. {rank_correlation(true, margin, prompt)}"
-        yield picture("true-margin", "Learned against true margin", caption, figure)
+        caption += f"with the true one, one for one. {rank_correlation(run, 'eval/spearman_true_margin')}"
+        yield picture("true-margin", "Learned against true margin", caption.strip(), figure)
 
 
 def comparison_pictures(runs: Sequence[Run], intervals: Sequence[Intervals]) -> Iterator[Picture]:
     """The curves of several runs in one drawing each, and their calibration."""
     from rm.plots import Line, curves, reliability_diagram, svg
 
+    guessing = {"loss (nats)": math.log(2), "accuracy (fraction of pairs)": 0.5}
     for name, title, ylabel in (
         ("eval/loss", "Held-out loss", "loss (nats)"),
         ("eval/accuracy", "Held-out accuracy", "accuracy (fraction of pairs)"),
@@ -223,7 +228,9 @@ def comparison_pictures(runs: Sequence[Run], intervals: Sequence[Intervals]) -> 
                 low, high = intervals[i].get(name.removeprefix("eval/"), (None, None)) if is_held_out else (None, None)
                 found.append(Line(run.name, y, look=i, low=low, high=high, has_markers=is_held_out))
         if found:
-            figure, key = curves(found, ylabel, log=name == "optim/grad_norm"), "cmp-" + name.replace("/", "-")
+            guess = [(guessing[ylabel], "guessing")] if ylabel in guessing else []
+            figure = curves(found, ylabel, log=name == "optim/grad_norm", references=guess)
+            key = "cmp-" + name.replace("/", "-")
             caption = f"At every evaluation. {INTERVAL}." if is_held_out else "At every log line."
             yield Picture(key, title, caption + _gaps(line.y for line in found), svg(figure, key, title))
     tables = [(run.name, run.table()) for run in runs]
@@ -296,17 +303,14 @@ def _losses(table: pd.DataFrame, config: dict[str, Any]) -> np.ndarray:
     return loss.numpy()
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray, prompt: np.ndarray) -> str:
-    """Spearman's correlation with its 95% interval by the bootstrap over prompts, as a sentence: the metric's numbers.
-
-    `x`, `y`: a value for each pair, or first those of the chosen answers and then those of the rejected ones.
-    """
-    if not np.isfinite(x).all() or len(np.unique(prompt)) < 2:
+def rank_correlation(run: Run | None, name: str) -> str:
+    """A rank correlation among the final metrics of `run` with its 95% interval, as a sentence; empty if unknown."""
+    value = math.nan if run is None else run.final.get(name, math.nan)
+    if not math.isfinite(value):
         return ""
-    both, copies = (ranks(x), ranks(y)), (1, len(x) // len(prompt))
-    r = float(correlation(*both, np.ones(len(x))))
-    low, high = percentiles(np.concatenate([correlation(*both, np.tile(w, copies)) for w in resamples(prompt)]))
-    return "" if math.isnan(r) else f"Rank correlation {r:.2f} (95% interval {low:.2f} to {high:.2f}, over prompts)."
+    ends = run.interval(name)
+    interval = f", 95% interval {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
+    return f"Spearman's rank correlation {value:.2f}{interval} ({name})."
 
 
 def _gaps(curves: Any) -> str:

@@ -169,8 +169,9 @@ def accuracy_bins(bins: pd.DataFrame, what: str, references: Sequence[tuple[floa
     axes.errorbar(bins["accuracy"], rows, **bars)
     for i, (value, label) in enumerate(references):
         axes.axvline(value, color=INK, linewidth=1, linestyle=(":", "--")[i % 2], label=label)
-    axes.set_yticks(rows, short_apart([str(name) for name in bins["bin"]], 24))
-    axes.set(xlabel="accuracy", ylabel=what, ylim=(len(bins) - 0.5, -0.5))
+    axes.set_yticks(rows, distinct(bins["bin"], 28))
+    axes.set(xlabel="accuracy", ylim=(len(bins) - 0.5, -0.5))
+    axes.set_ylabel(what, labelpad=12)  # a browser's letters may be wider than those that were measured
     axes.set_xlim(left=min([axes.get_xlim()[0], *(value - 0.02 for value, _ in references)]))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", visible=False)
@@ -250,18 +251,18 @@ def binned_means(x: np.ndarray, y: np.ndarray) -> pd.DataFrame:
 
 
 def short(text: str, most: int) -> str:
-    """`text` in a line of at most `most` characters that a drawing can hold."""
+    """`text` in a line of at most `most` characters that a drawing can hold; what is too much goes from its middle."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= most else text[: most // 2] + "…" + text[len(text) - (most - 1) // 2 :]
 
 
-def short_apart(texts: Sequence[str], most: int) -> list[str]:
-    """The texts at most so long, cut in the middle, where what tells them apart is seldom; longer if they are equal."""
-    while True:
-        cut = [t if len(t) <= most else f"{short(t, most // 2)}{t[len(t) - most // 2 :]}" for t in texts]
-        if len(set(cut)) == len(set(texts)):
-            return [short(t, most + 1) for t in cut]
-        most += 4
+def distinct(names: Sequence[Any], most: int) -> list[str]:
+    """Labels for different names, `short` and never the same: a number stands before those that would be."""
+    found = [short(str(name), most) for name in names]
+    return [
+        short(f"{i + 1}: {name}", most) if found.count(label) > 1 else label
+        for i, (name, label) in enumerate(zip(names, found, strict=True))
+    ]
 
 
 def _figure() -> tuple[Figure, Any]:

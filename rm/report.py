@@ -31,6 +31,7 @@ from rm.pictures import (
 from rm.read_run import ReadError, Run, read_run
 from rm.redact import safe_line
 from rm.report_parts import (
+    GLOSSARY,
     audit_part,
     bin_rows,
     clean,
@@ -59,8 +60,9 @@ def run_page(run: Run) -> dict[str, Any]:
     """What the template shows of one run."""
     table = run.table()
     intervals = evaluation_intervals(run)
-    sets = sets_of(run)[:MAX_SETS] if table is not None else []
-    is_of = [(name, table[table["set"] == name]) for name in sets]
+    sets = sets_of(run) if table is not None else []
+    others = f"The first {MAX_SETS} of {len(sets)} sets; {len(sets) - MAX_SETS} have no pictures of their own."
+    is_of = [(name, table[table["set"] == name]) for name in sets[:MAX_SETS]]
     samples, samples_note = sample_parts(run)
     page = dict(
         run=run,
@@ -68,12 +70,13 @@ def run_page(run: Run) -> dict[str, Any]:
         cards=headline(run, intervals),
         metric_rows=metric_rows(run, intervals),
         curves=list(training_pictures(run, intervals)),
-        evaluation=[] if table is None else list(evaluation_pictures(table)),
+        evaluation=[] if table is None else list(evaluation_pictures(table, run=run)),
         evaluated_step=run.table_step,
         set_pictures=[
             (name, list(itertools.islice(evaluation_pictures(part, f"set-{i}-"), 3)))
             for i, (name, part) in enumerate(is_of)
         ],
+        sets_note=others if len(sets) > MAX_SETS else "",
         samples=samples,
         samples_note=samples_note,
         strips_note=Markup(f"{NOTE} {LEGEND}") if any(pair["last"]["strip_chosen"] for pair in samples) else "",
@@ -141,8 +144,10 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
         both = zip(runs, intervals, strict=True)
         cells = [(r.final.get(name), known_interval(r, i, name) if name in r.final else None) for r, i in both]
         if not name.endswith(("_low", "_high")) and any(value is not None for value, _ in cells):
-            row = ["" if v is None else spelled(v) + (f" ({interval_text(i)})" if i else "") for v, i in cells]
-            rows.append([name, *row])
+            row = [
+                "" if v is None else spelled(v) + (f" ({' to '.join(map(spelled, i))})" if i else "") for v, i in cells
+            ]
+            rows.append([name, *row, *GLOSSARY.get(name.rsplit("/", 1)[-1], ("", ""))])
     keys = list(dict.fromkeys(key for run in runs for key in run.config if key not in ("output_dir", "run_name")))
     options = [[key, *(plain(run.config[key]) if key in run.config else "" for run in runs)] for key in keys]
     prints = [["evaluation pairs, sha256", *((run.data.get("test") or {}).get("fingerprint", "")[:16] for run in runs)]]
@@ -166,7 +171,12 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
     sections = [("result", "Final metrics"), ("options", "Options"), ("curves", "Curves"), ("config", "Configuration")]
     title = "Reward models: " + ", ".join(comparison["names"])
     records = [record_part(run) for run in runs]
-    return dict(comparison=comparison, sections=sections, title=title, records=records, notes=notes, lead=[])
+    lead = [
+        f"{len(runs)} runs of reward models side by side: how well each gives the preferred answer of a pair the "
+        "higher reward on held-out pairs, the options in which the runs differ, and their curves. Each run has a page of its "
+        "own, report.html in its folder."
+    ]
+    return dict(comparison=comparison, sections=sections, title=title, records=records, notes=notes, lead=lead)
 
 
 # ---------------------------------------------------------------- the page

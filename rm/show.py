@@ -48,6 +48,9 @@ PARTS = {  # of `rm.breakdown`
 }
 
 
+WIDE = 110  # columns of a terminal
+
+
 def number(value: float) -> str:
     """Four significant digits, counts in full."""
     if isinstance(value, int):
@@ -59,15 +62,19 @@ def interval(ends: tuple[float, float] | None) -> str:
     return "" if ends is None or any(map(math.isnan, ends)) else f"{number(ends[0])} to {number(ends[1])}"
 
 
-def metrics_table(metrics: Mapping[str, float], intervals: Mapping[str, tuple], prefix: str, title: str) -> Table:
-    """The metrics `prefix/…` that `MEANING` knows."""
-    table = _table(title, ("metric", "value", "95% interval", "unit", "meaning"), right=(1, 2))
+def metrics_table(
+    metrics: Mapping[str, float], intervals: Mapping[str, tuple], prefix: str, title: str, width: int = WIDE
+) -> Table:
+    """The metrics `prefix/…` that `MEANING` knows; what they mean where the terminal is wide enough."""
+    columns = ("metric", "value", "95% interval", "unit", *["meaning"] * (width >= WIDE))
+    table = _table(title, columns, right=(1, 2))
     for name, (unit, meaning) in MEANING.items():
         if (key := f"{prefix}/{name}") in metrics:
             ends = intervals.get(key)
             if ends is None and f"{key}_low" in metrics:  # of one prompt the accuracy alone has an interval
                 ends = (metrics[f"{key}_low"], metrics[f"{key}_high"])
-            table.add_row(name, number(metrics[key]), interval(ends), unit, Text(meaning, "dim"))
+            cells = [name, number(metrics[key]), interval(ends), unit, Text(meaning, "dim")]
+            table.add_row(*cells[: len(columns)])
     return table
 
 
@@ -86,7 +93,7 @@ def breakdown_table(name: str, part: Sequence[Mapping]) -> Table:
     columns = (
         PARTS[name],
         "pairs",
-        "accuracy",
+        "accuracy (fraction)",
         "95% interval",
         *(["mean confidence"] if name == "reliability" else []),
     )
@@ -101,15 +108,15 @@ def breakdown_table(name: str, part: Sequence[Mapping]) -> Table:
 def comparison_table(values: Mapping[str, float], intervals: Mapping[str, tuple], names: tuple[str, str]) -> Table:
     """What `rm.compare.compare_tables` returns, of the models `names`."""
     title = f"{names[0]} (this) and {names[1]} (other) on the {values['compare/pairs']:,} pairs that both have"
-    table = _table(title, ("metric", "this", "other", "this - other", "95% interval"), right=(1, 2, 3, 4))
+    table = _table(title, ("metric", "this", "other", "this - other", "95% interval", "unit"), right=(1, 2, 3, 4))
     for key in values:
         if key.endswith("_difference"):
             name = key.removeprefix("compare/").removesuffix("_difference")
             cells = (values[f"compare/{name}"], values[f"compare/other_{name}"], values[key])
-            table.add_row(name, *map(number, cells), interval(intervals.get(key)))
+            table.add_row(name, *map(number, cells), interval(intervals.get(key)), MEANING[name][0])
     for name in ("agreement", "only_this_right", "only_other_right"):
         value, ends = values[f"compare/{name}"], intervals.get(f"compare/{name}")
-        table.add_row(name, number(value), "", "", interval(ends))
+        table.add_row(name, number(value), "", "", interval(ends), "fraction")
     table.caption = "agreement, only_…_right: shares of pairs that both order alike, that one alone has right"
     table.caption_justify = "left"
     return table

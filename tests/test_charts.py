@@ -54,11 +54,7 @@ def test_charts_and_report(tmp_path):
     assert rows[0][0] == "x/a" and rows[0][1:] == pytest.approx([(margin > 0).mean(), *ends, 10])
     (_, _, points) = wandb_files.tables(run, "charts/reward_by_length_table")[0]
     first = pairs.loc[pairs.reward_chosen == points[0][1]].iloc[0]
-    assert len(points) == 120 and points[0] == [
-        first.length_chosen - first.prefix_length,
-        first.reward_chosen,
-        "chosen",
-    ]
+    assert len(points) == 120 and points[0] == [first.length_chosen - 3, first.reward_chosen, "chosen"]
     kinds = {
         json.loads(item.value_json)["panel_config"]["panelDefId"]
         for record in wandb_files.records(run)

@@ -17,11 +17,10 @@ import rm.plots
 import rm.report
 from rm import pictures
 from rm.compare import compare_tables
-from rm.plots import Line, binned_means, curves, histogram, style, svg, thin
+from rm.plots import Line, accuracy_bins, binned_means, curves, distinct, histogram, style, svg, thin
 from rm.read_run import ReadError, read_run
 from rm.report import distinct_names, report_html, write_report
 from rm.report_parts import excerpt
-from rm.statistics import ranks
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = "</div></svg></details><script>alert(1)</script>&amp;\x00\x1b[31m\u202e\ud800 $\\frac{1}{0}$ \"'{{ 7*7 }}"
@@ -193,20 +192,9 @@ def test_what_is_drawn_is_what_was_logged(tmp_path):
     p = float((margin > 0).mean())
     assert page.row("eval/accuracy")[1] == f"{p:.4f}"
     assert f"{(margin > 0).sum()} right, {(margin < 0).sum()} wrong" in page.text
-    x = np.concatenate([pairs[f"length_{side}"] - pairs["prefix_length"] for side in ("chosen", "rejected")])
-    y = np.concatenate([pairs["reward_chosen"], pairs["reward_rejected"]])
-    r = np.corrcoef(*map(ranks, (x, y)))[0, 1]
-    assert f"Rank correlation {r:.2f} (95% interval" in page.text
     assert page.row("10", "+1.000") == ["10", "+1.000", "+0.250", "+0.750"]
     assert page.row("learning_rate") == ["learning_rate", "0.001", "0.0001"]
     assert page.row("identical")[1:] == ["34", "34", "dropped: chosen and rejected are the same tokens"]
-
-
-def test_labels_are_cut_where_they_still_differ():
-    names = ["rb/llmbar-adver-neighbor-of-one", "rb/llmbar-adver-neighbor-of-two", "chat"]
-    cut = rm.plots.short_apart(names, 16)
-    assert len(set(cut)) == 3 and cut[2] == "chat" and all("…" in name for name in cut[:2])
-    assert rm.plots.short_apart(["a" * 50, "a" * 51], 10)[0] != rm.plots.short_apart(["a" * 50, "a" * 51], 10)[1]
 
 
 def test_mean_interval():
@@ -434,3 +422,69 @@ def test_thin_and_bins():
     means = binned_means(np.arange(40.0), np.arange(40.0))
     assert len(means) == 3 and means["mean"].iloc[0] == pytest.approx(means["x"].iloc[0])
     assert len(binned_means(np.zeros(5), np.arange(5.0))) == 1
+
+
+def test_steps_are_whole_numbers():
+    with style():
+        for steps in ([4], [4, 5], [1, 2, 3]):
+            figure = curves([Line("a", pd.Series(1.0, steps))], "y")
+            figure.canvas.draw()
+            assert all(tick == int(tick) for tick in figure.axes[0].get_xticks()), steps
+
+
+def test_labels_differ():
+    names = ["rb/llmbar-adver-neighbor", "rb/llmbar-adver-natural", "a" * 40 + "1", "a" * 20 + "b" + "a" * 19 + "1"]
+    labels = distinct(names, 28)
+    assert labels[:2] == names[:2] and len(set(labels)) == 4 and max(map(len, labels)) <= 28
+    bins = pd.DataFrame(dict(bin=names, pairs=1, accuracy=0.5, accuracy_low=0.4, accuracy_high=0.6))
+    with style():
+        ticks = accuracy_bins(bins, "subset").axes[0].get_yticklabels()
+    assert [tick.get_text() for tick in ticks] == labels
+
+
+def test_captions_quote_the_metrics(tmp_path, undrawn):
+    pairs = table(20, true_margin=np.linspace(-1, 1, 20))
+    pairs.loc[0, "reward_chosen"] = math.nan
+    folder = make_run(tmp_path / "run", pairs)
+    results = json.loads((folder / "results.json").read_text())
+    names = ["eval/reward_length_spearman", "eval/margin_length_spearman", "eval/spearman_true_margin"]
+    results["summary"] |= dict(zip(names, (0.25, -0.5, 0.75), strict=True))
+    results["intervals"] = {names[0]: [0.1, 0.4], names[2]: [0.6, 0.9]}
+    (folder / "results.json").write_text(json.dumps(results))
+    page = Page(report_html([folder]))
+    assert f"rank correlation 0.25, 95% interval 0.10 to 0.40 ({names[0]})" in page.text
+    assert f"rank correlation -0.50 ({names[1]})" in page.text
+    assert f"rank correlation 0.75, 95% interval 0.60 to 0.90 ({names[2]})" in page.text
+    assert "Left out: 1 of 20 pairs, whose rewards are not finite." in page.text
+
+
+def test_length_is_the_answers(monkeypatch, undrawn):
+    seen, real = {}, rm.plots.scatter
+    monkeypatch.setattr(rm.plots, "scatter", lambda *given: seen.update({given[1]: given[0]}) or real(*given))
+    pairs = table(20)
+    with style():
+        list(pictures.evaluation_pictures(pairs))
+    groups = seen["length of the answer (tokens)"]
+    assert [x.tolist() for _, x, _ in groups] == [(pairs[f"length_{s}"] - 3).tolist() for s in ("chosen", "rejected")]
+
+
+def test_sets_that_are_left_out(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", table(16, set=[f"s{i // 2}" for i in range(16)]))
+    results = json.loads((folder / "results.json").read_text())
+    results["data"]["test"]["sets"] = {f"s{i}": {} for i in range(8)}
+    (folder / "results.json").write_text(json.dumps(results))
+    page = Page(report_html([folder]))
+    assert "The first 6 of 8 sets; 2 have no pictures of their own." in page.text and "Set s6 alone" not in page.text
+
+
+def test_comparison_says_what_it_shows(tmp_path, monkeypatch, undrawn):
+    seen, real = {}, rm.plots.curves
+    monkeypatch.setattr(
+        rm.plots, "curves", lambda lines, ylabel, **given: seen.update({ylabel: given}) or real(lines, ylabel, **given)
+    )
+    page = Page(report_html([make_run(tmp_path / name, table(10)) for name in ("a", "b")]))
+    assert page.row("eval/margin")[3:] == ["reward", "mean reward of chosen minus reward of rejected"]
+    assert "2 runs of reward models side by side" in page.text
+    assert seen["loss (nats)"]["references"] == [(pytest.approx(math.log(2)), "guessing")]
+    assert seen["accuracy (fraction of pairs)"]["references"] == [(0.5, "guessing")]
+    assert not seen["margin (reward)"]["references"]
