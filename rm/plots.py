@@ -173,7 +173,7 @@ def accuracy_bins(bins: pd.DataFrame, what: str, references: Sequence[tuple[floa
     axes.set(xlabel="accuracy", ylim=(len(bins) - 0.5, -0.5))
     axes.set_ylabel(what, labelpad=12)  # a browser's letters may be wider than those that were measured
     axes.set_xlim(left=min([axes.get_xlim()[0], *(value - 0.02 for value, _ in references)]))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5 if max((len(str(name)) for name in bins["bin"]), default=0) < 18 else 2))
     axes.grid(axis="y", visible=False)
     right = axes.secondary_yaxis("right")
     right.set_yticks(rows, [f"{count:,}" for count in bins["pairs"]])

@@ -173,8 +173,8 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
     records = [record_part(run) for run in runs]
     lead = [
         f"{len(runs)} runs of reward models side by side: how well each gives the preferred answer of a pair the "
-        "higher reward on held-out pairs, the options in which the runs differ, and their curves. Each run has a page of its "
-        "own, report.html in its folder."
+        "higher reward on held-out pairs, the options in which the runs differ, and their curves. Each run has a page "
+        "of its own, report.html in its folder."
     ]
     return dict(comparison=comparison, sections=sections, title=title, records=records, notes=notes, lead=lead)
 
