@@ -40,8 +40,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
     "use_liger_kernel liger_kernel_config merge_adapter dataset_num_proc max_nonfinite_steps "
     "micro_batch_tokens eval_micro_batch_tokens auto_find_batch_size torch_compile layout output_dir "
     "overwrite_output_dir resume_from_checkpoint run_name logging_steps eval_steps save_steps save_total_limit "
-    "num_print_samples num_normalization_samples report_to project load_best_model_at_end license push_to_hub hub_model_id hub_private_repo "
-    "hub_strategy hub_token hub_revision".split()
+    "num_print_samples num_normalization_samples report_to project load_best_model_at_end license push_to_hub "
+    "hub_model_id hub_private_repo hub_strategy hub_token hub_revision".split()
 )
 # ... and these name things that are compared by their content (a file may lie elsewhere on another machine)
 COMPARED_BY_CONTENT = frozenset(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
@@ -300,6 +301,8 @@ def main(argv: list[str]) -> dict[str, float]:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of weights that load in no time
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, ModelError, LayoutError) as error:
