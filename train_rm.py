@@ -33,15 +33,35 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from rm.adapters import adapter_settings, load_trainable
-from rm.attention import block_size
-from rm.audit import audit_table, data_report
-from rm.batching import StepPlan
-from rm.best import BestEvaluation
-from rm.breakdown import breakdowns
-from rm.card import hub_name, model_card, names_in
-from rm.charts import log_charts, log_histograms
-from rm.checkpoint import (
+from rm.collate import COLUMNS, collate
+from rm.config.cli import parse_config
+from rm.config.errors import InputError
+from rm.config.files import GO_ON, DiskError, finite, write_text
+from rm.config.options import LORA_OPTIONS, RewardConfig, changed_options
+from rm.config.redact import redact, redact_arguments, safe_line
+from rm.data.audit import audit_table, data_report
+from rm.data.mixture import load_pairs, name_sets
+from rm.data.plan import StepPlan
+from rm.evaluate.evaluator import evaluate_rewards, mistake_records, pair_lengths, pairs_metrics, warn_of_nonfinite
+from rm.evaluate.slices import breakdowns
+from rm.evaluate.table import pair_table, read_table, with_rewards, worst, write_table
+from rm.evaluate.token_rewards import trace_pairs
+from rm.forward import concatenated_forward, resolve_layout, without_autocast
+from rm.log.trackers import RunLog, prepare_trackers
+from rm.loss import pairwise_loss
+from rm.model.adapters import adapter_settings, load_trainable
+from rm.model.attention import block_size
+from rm.model.load import load_tokenizer
+from rm.model.normalization import reward_scale, sample_of
+from rm.model.precision import cast_weights, set_tf32
+from rm.model.quantization import QUANTIZATION_OPTIONS, quantization_config
+from rm.model.reward_model import RewardModel, check_positions, compile_layers, use_liger_kernels
+from rm.report.card import hub_name, model_card, names_in
+from rm.report.charts import log_charts, log_histograms
+from rm.report.hub import Hub, open_repo
+from rm.report.page import write_report
+from rm.train.best import BestEvaluation
+from rm.train.checkpoint import (
     CheckpointError,
     damage,
     digest,
@@ -50,40 +70,20 @@ from rm.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from rm.collate import COLUMNS, collate
-from rm.command_line import parse_config
-from rm.config import LORA_OPTIONS, ConfigError, RewardConfig, changed_options
-from rm.evaluate import evaluate_rewards, mistake_records, pair_lengths, pairs_metrics, warn_of_nonfinite
-from rm.export import ExportError, save_model, verify_export
-from rm.files import GO_ON, DiskError, finite, write_text
-from rm.forward import LayoutError, concatenated_forward, resolve_layout, without_autocast
-from rm.hub import Hub, HubError, open_repo
-from rm.launch import StopSignal, is_orphan, on_main_process, processes_asked_for
-from rm.load import DataError
-from rm.loss import pairwise_loss
-from rm.memory import BatchSizeFinder, any_process, average_gradients, can_repeat_steps, peak_memory_gb, settle_buckets
-from rm.metrics import Meter
-from rm.mixture import load_pairs, name_sets
-from rm.model import ModelError, RewardModel, check_positions, compile_layers, use_liger_kernels
-from rm.normalization import reward_scale, sample_of
-from rm.optim import FOLLOW_A_METRIC, make_optimizer, make_scheduler, parameter_groups
-from rm.precision import cast_weights, set_tf32
-from rm.pretrained import load_tokenizer
-from rm.provenance import model_fingerprint, provenance
-from rm.quantization import QUANTIZATION_OPTIONS, quantization_config
-from rm.redact import redact, redact_arguments, safe_line
-from rm.report import write_report
-from rm.run_dir import (
-    RunDirError,
-    claim_output_dir,
-    find_start,
-    open_output_dir,
-    refuse_other_content,
-    refuse_own_origin,
+from rm.train.export import ExportError, save_model, verify_export
+from rm.train.meter import Meter
+from rm.train.oom import (
+    BatchSizeFinder,
+    any_process,
+    average_gradients,
+    can_repeat_steps,
+    peak_memory_gb,
+    settle_buckets,
 )
-from rm.table import pair_table, read_table, with_rewards, worst, write_table
-from rm.trace import trace_pairs
-from rm.tracking import RunLog, prepare_trackers
+from rm.train.optimizer import FOLLOW_A_METRIC, make_optimizer, make_scheduler, parameter_groups
+from rm.train.processes import StopSignal, is_orphan, on_main_process, processes_asked_for
+from rm.train.provenance import model_fingerprint, provenance
+from rm.train.run_dir import claim_output_dir, find_start, open_output_dir, refuse_other_content, refuse_own_origin
 from rm.visualize_samples import visualize_samples, write_records
 
 logger = logging.getLogger("train_rm")
@@ -91,7 +91,6 @@ logger = logging.getLogger("train_rm")
 
 PATIENCE = timedelta(hours=2)  # of a process for the main one, while that tokenizes or writes a checkpoint
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-WRONG_INPUT = (ConfigError, DataError, ModelError, RunDirError, LayoutError, HubError)
 NUM_MISTAKES = 20  # pairs in mistakes.jsonl
 SCALER_STEPS = 20  # steps in a row that fp16's loss scaler may skip while it looks for its scale
 
@@ -114,39 +113,39 @@ def make_accelerator(mixed_precision: str | None, max_grad_norm: float) -> Accel
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:  # fp16 without a GPU
-        raise ConfigError(f"mixed_precision={mixed_precision}: {error}") from None
+        raise InputError(f"mixed_precision={mixed_precision}: {error}") from None
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:  # it clips by itself, and wants a batch size that it ignores
         plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": max_grad_norm}
         unset_hf_deepspeed_config()  # or transformers makes shards under ZeRO-3, which have no shape and take no head
         if plugin.zero_stage == 0:
-            raise ConfigError("zero_stage: 0 gives no gradient norm; use 1, 2 or 3, or plain multi-GPU")
+            raise InputError("zero_stage: 0 gives no gradient norm; use 1, 2 or 3, or plain multi-GPU")
     asked, present = processes_asked_for(), accelerator.num_processes
     if present < asked:
-        raise ConfigError(f"{asked} processes were asked for, but {present} take part; on CPUs use torchrun")
+        raise InputError(f"{asked} processes were asked for, but {present} take part; on CPUs use torchrun")
     return accelerator
 
 
 def refuse_what_cannot_act(config: RewardConfig, accelerator: Accelerator) -> None:
-    """Raise `ConfigError` for options that this engine or device cannot do."""
+    """Raise `InputError` for options that this engine or device cannot do."""
     engine, on_cpu = accelerator.distributed_type, accelerator.device.type == "cpu"
     shards = engine in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     for name in ("load_in_4bit", "load_in_8bit", "eval_dtype"):
         if shards and (value := getattr(config, name)):
-            raise ConfigError(f"{name}={value}: cannot act under {engine.value}; use DDP or one process")
+            raise InputError(f"{name}={value}: cannot act under {engine.value}; use DDP or one process")
     autocast = {"bfloat16": "bf16", "float16": "fp16"}.get(config.eval_dtype)
     if autocast and accelerator.mixed_precision not in ("no", autocast):
         mixed = f"mixed_precision={accelerator.mixed_precision}"
-        raise ConfigError(f"eval_dtype={config.eval_dtype}: does not go with {mixed}; use the same type, or none")
+        raise InputError(f"eval_dtype={config.eval_dtype}: does not go with {mixed}; use the same type, or none")
     if config.auto_find_batch_size and not can_repeat_steps(engine):
-        raise ConfigError(f"auto_find_batch_size=True: cannot act under {engine.value}; set micro_batch_tokens instead")
+        raise InputError(f"auto_find_batch_size=True: cannot act under {engine.value}; set micro_batch_tokens instead")
     if engine == DistributedType.DEEPSPEED and not config.optim.startswith("adamw"):
-        raise ConfigError(f"optim={config.optim}: under DeepSpeed only AdamW's state can be saved; use adamw_torch")
+        raise InputError(f"optim={config.optim}: under DeepSpeed only AdamW's state can be saved; use adamw_torch")
     for name in ("activation_offloading", "use_liger_kernel"):
         if on_cpu and getattr(config, name):
-            raise ConfigError(f"{name}=True: it cannot act without a GPU; leave it out")
+            raise InputError(f"{name}=True: it cannot act without a GPU; leave it out")
     if on_cpu and config.attn_implementation == "flex_attention":
-        raise ConfigError("attn_implementation=flex_attention: it has no backward pass on a CPU; use sdpa")
+        raise InputError("attn_implementation=flex_attention: it has no backward pass on a CPU; use sdpa")
 
 
 def sync_on_last(accelerator: Accelerator, model: torch.nn.Module, i: int, count: int, never: bool = False):
@@ -183,7 +182,7 @@ def main(argv: list[str]) -> dict:
     try:
         report_to = prepare_trackers(config.report_to)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise InputError(str(error)) from None
     accelerator = make_accelerator(config.mixed_precision, config.max_grad_norm)
     refuse_what_cannot_act(config, accelerator)
     set_tf32(config.tf32)
@@ -308,7 +307,7 @@ def main(argv: list[str]) -> dict:
     if config.metric_for_best_model not in (None, *known):
         near = difflib.get_close_matches(config.metric_for_best_model, known, n=5, cutoff=0)
         near = f"no such metric; the nearest of {len(known)}: {', '.join(near)}"
-        raise ConfigError(f"metric_for_best_model={config.metric_for_best_model}: {near}")
+        raise InputError(f"metric_for_best_model={config.metric_for_best_model}: {near}")
 
     # ------------------------------------------------------------------------------ plan
     plan = StepPlan(
@@ -338,7 +337,7 @@ def main(argv: list[str]) -> dict:
             threshold=config.early_stopping_threshold,
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise InputError(str(error)) from None
     done = {"step": 0, "metrics_lines": None, "means": {}, "pairs": 0.0, "seconds": 0.0, "seconds_since_log": 0.0}
     done |= {"evaluated": {"step": None, "metrics": {}}, "schedule": None, "skipped": 0, "skipped_in_a_row": 0}
     if resume_from is not None:
@@ -702,9 +701,9 @@ def run() -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)  # a shell sees 143; sweep agents take an exit code above 0 for a failure
         return 143
-    except (*WRONG_INPUT, NonFiniteError, ExportError) as error:
+    except (InputError, NonFiniteError, ExportError) as error:
         print_last(f"error: {error}")
-        return 2 if isinstance(error, WRONG_INPUT) else 3 if isinstance(error, NonFiniteError) else 1
+        return 2 if isinstance(error, InputError) else 3 if isinstance(error, NonFiniteError) else 1
     except KeyboardInterrupt:
         print_last("interrupted; nothing had to be saved")
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm.batching import MicroBatch
+from rm.data.plan import MicroBatch
 
 COLUMNS = ["input_ids_chosen", "input_ids_rejected", "prefix_length", "margin"]  # what `collate` reads
 

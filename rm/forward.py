@@ -13,16 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rm.attention import SDPA_BY_TREE, attention_mask, block_size
-from rm.batching import MicroBatch
 from rm.collate import Batch, collate
-from rm.model import RewardModel
+from rm.config.errors import InputError
+from rm.data.plan import MicroBatch
+from rm.model.attention import SDPA_BY_TREE, attention_mask, block_size
+from rm.model.reward_model import RewardModel
 
 logger = logging.getLogger(__name__)
-
-
-class LayoutError(ValueError):
-    """`shared_prefix` was asked for by name, and the model cannot do it; the message is one line with the reason."""
 
 
 def score_batch(model: nn.Module, batch: Batch) -> Tensor:
@@ -98,7 +95,7 @@ def resolve_layout(
     relative to the largest reward (at least 1): 1e-4 suits float32, 5e-2 half precision. Autocast is lifted.
 
     Raises:
-        LayoutError: `layout` is "shared_prefix" and the proof fails.
+        InputError: `layout` is "shared_prefix" and the proof fails.
     """
     core: RewardModel = getattr(model, "module", model)
     if layout == "concatenated":
@@ -113,7 +110,7 @@ def resolve_layout(
     if not reason:
         return "shared_prefix", f"proved: rewards of {len(indices)} pairs agree to {difference:.1g}"
     if layout == "shared_prefix":
-        raise LayoutError(f"layout=shared_prefix: {reason}; use layout=auto or concatenated")
+        raise InputError(f"layout=shared_prefix: {reason}; use layout=auto or concatenated")
     return "concatenated", reason
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rm.files import write_text
-from rm.strips import JOINERS, sparkline, strips_page
+from rm.config.files import write_text
+from rm.log.token_html import JOINERS, sparkline, strips_page
 
 PROMPT_LINES, ANSWER_LINES = 3, 4  # lines of the terminal, about, to which a text is shortened
 TRACES = ("trace_chosen", "trace_rejected")  # of a record
@@ -53,7 +53,7 @@ def visualize_samples(
         num_print_samples: how many pairs to show. -1: all; 0: off, nothing is written either.
         margins: margins that the data gives, float [B], shown as `data_margin`. None: not shown.
         traces: the reward along both answers of each pair, or None for a pair without; a trace is
-            [[piece of text, reward after it], ...], see `rm.trace.trace_pairs`. None, or no pair's: not shown.
+            [[piece of text, reward after it], ...], see `rm.token_rewards.trace_pairs`. None, or no pair's: not shown.
         console: where to print. None: standard output.
 
     Returns:

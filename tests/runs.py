@@ -102,7 +102,7 @@ def assert_same_bits(one, other, also_kept=True):
 
 def mixture(folder: Path) -> list[str]:
     """Two files of different formats in `folder`, and the options to train on them and evaluate on two sets."""
-    from rm.toy import toy_dataset
+    from rm.data.toy import toy_dataset
 
     def text(row):
         start = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in row["prompt"]) + "<|assistant|>"

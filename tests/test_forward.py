@@ -5,12 +5,12 @@ import pytest
 import torch
 from conftest import CAUSAL, ENCODERS, PAD, random_pairs, tiny_classifier
 
-from rm.attention import SDPA_BY_TREE, attention_mask, dense_mask, shared_prefix_rule
-from rm.batching import MicroBatch
 from rm.collate import Batch, Tree, collate, collate_trees
+from rm.data.plan import MicroBatch
 from rm.forward import concatenated_forward, resolve_layout, score_batch
 from rm.loss import pairwise_loss
-from rm.model import RewardModel
+from rm.model.attention import SDPA_BY_TREE, attention_mask, dense_mask, shared_prefix_rule
+from rm.model.reward_model import RewardModel
 
 
 def with_lora(classifier):
@@ -176,7 +176,7 @@ def test_attention_tree_by_tree_is_float32_and_falls_back(pairs, monkeypatch):
         seen.append((query.dtype, query.shape[2], mask.shape[2:]))
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
-    monkeypatch.setattr("rm.attention.sdpa_attention_forward", spy)
+    monkeypatch.setattr("rm.model.attention.sdpa_attention_forward", spy)
     batch = collate(pairs, MicroBatch([[0, 1]]), "shared_prefix", PAD)
     with torch.autocast("cpu", torch.bfloat16):
         score_batch(model, batch)
@@ -220,7 +220,7 @@ def test_a_wrong_mask_is_noticed(pairs, monkeypatch):
     layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, device)
     assert layout == "shared_prefix" and "proved" in reason
     monkeypatch.setattr(
-        "rm.attention.shared_prefix_rule",
+        "rm.model.attention.shared_prefix_rule",
         lambda tree, branch, position, window=None: lambda row, head, query, key: (key <= query) & (row >= 0),
     )
     layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, device)

@@ -12,7 +12,7 @@ import wandb_files
 from accelerate import Accelerator
 from rich.console import Console
 
-from rm.tracking import RunLog
+from rm.log.trackers import RunLog
 from rm.visualize_samples import visualize_samples
 
 TEXTS = [

@@ -47,8 +47,8 @@ def run_trl(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
 def load_ours(args: argparse.Namespace):
     from transformers import AutoTokenizer
 
-    from rm.adapters import load_trained
-    from rm.model import RewardModel, use_cpu_kernel
+    from rm.model.adapters import load_trained
+    from rm.model.reward_model import RewardModel, use_cpu_kernel
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = RewardModel(load_trained(args.model, tokenizer))
@@ -60,19 +60,19 @@ def run_ours(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
     from accelerate import Accelerator
     from datasets import Dataset
 
-    import rm.evaluate
-    from rm.metrics import accuracy
+    import rm.evaluate.evaluator
+    from rm.evaluate.metrics import accuracy
 
     tokenizer, model = load_ours(args)
     accelerator = Accelerator(cpu=True, mixed_precision="no" if args.float32 else "bf16")
-    model, collate = accelerator.prepare_model(model, evaluation_mode=True), rm.evaluate.collate
+    model, collate = accelerator.prepare_model(model, evaluation_mode=True), rm.evaluate.evaluator.collate
 
     def counting_collate(*arguments):
         batch = collate(*arguments)
         turn.tokens += batch.input_ids_RL.numel()
         return batch
 
-    rm.evaluate.collate = counting_collate
+    rm.evaluate.evaluator.collate = counting_collate
     options = dict(layout="shared_prefix", micro_batch_tokens=args.micro_batch_tokens, pad_token_id=0)
     for chunk in chunks["pairs"]:
         rows = []
@@ -85,7 +85,7 @@ def run_ours(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
             rows[-1] |= dict(length_chosen=len(sides[0]), length_rejected=len(sides[1]))
         data = Dataset.from_list(rows)
         turn.wait()
-        rewards = rm.evaluate.evaluate_rewards(model, accelerator, data, **options)
+        rewards = rm.evaluate.evaluator.evaluate_rewards(model, accelerator, data, **options)
         turn.note = {"accuracy": accuracy(rewards[:, 0] - rewards[:, 1])}
     turn.wait()
 
@@ -135,9 +135,9 @@ def run_ours_candidates(turn: Turn, args: argparse.Namespace, chunks: dict) -> N
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """A model folder with head and pad token for all; chunks of pairs, and of prompts with N answers."""
-    from rm.data import tokenize_pairs
-    from rm.load import load_raw
-    from rm.pretrained import load_classifier, load_tokenizer
+    from rm.data.load import load_raw
+    from rm.data.rows import tokenize_pairs
+    from rm.model.load import load_classifier, load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     load_classifier(args.model, tokenizer, seed=42).save_pretrained(folder / "model")

@@ -20,20 +20,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from rm.attention import block_size  # noqa: E402
-from rm.batching import StepPlan  # noqa: E402
 from rm.collate import COLUMNS, collate, pair_tree  # noqa: E402
-from rm.data import tokenize_pairs  # noqa: E402
-from rm.evaluate import pair_lengths  # noqa: E402
+from rm.data.load import load_raw  # noqa: E402
+from rm.data.plan import StepPlan  # noqa: E402
+from rm.data.rows import tokenize_pairs  # noqa: E402
+from rm.evaluate.evaluator import pair_lengths  # noqa: E402
 from rm.forward import concatenated_forward  # noqa: E402
-from rm.load import load_raw  # noqa: E402
 from rm.loss import pairwise_loss  # noqa: E402
-from rm.metrics import Meter  # noqa: E402
-from rm.model import RewardModel, compile_layers  # noqa: E402
-from rm.pretrained import (
+from rm.model.attention import block_size  # noqa: E402
+from rm.model.load import (
     load_classifier,
     load_tokenizer,  # noqa: E402
 )
+from rm.model.reward_model import RewardModel, compile_layers  # noqa: E402
+from rm.train.meter import Meter  # noqa: E402
 
 
 def main() -> None:

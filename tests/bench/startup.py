@@ -24,7 +24,7 @@ from turns import Contender, Turn  # noqa: E402
 
 def run_ours(turn: Turn, args: argparse.Namespace) -> None:
     import train_rm
-    from rm.batching import StepPlan
+    from rm.data.plan import StepPlan
 
     plan_step = StepPlan.step
 

@@ -44,9 +44,9 @@ def run_trl(turn: Turn, args: argparse.Namespace) -> None:
 def run_ours(turn: Turn, args: argparse.Namespace) -> None:
     import datasets
 
-    from rm.data import tokenize_pairs
-    from rm.load import load_raw
-    from rm.pretrained import load_tokenizer
+    from rm.data.load import load_raw
+    from rm.data.rows import tokenize_pairs
+    from rm.model.load import load_tokenizer
 
     datasets.config.HF_DATASETS_CACHE = Path(args.folder, "cache")
     tokenizer = load_tokenizer(args.model)
@@ -71,7 +71,7 @@ def messages(text: str) -> list[dict]:
 
 def prepare(args: argparse.Namespace) -> int:
     """A file of rows for every round, no two rows alike; returns the number of rows in a file."""
-    from rm.load import load_raw
+    from rm.data.load import load_raw
 
     rows = [{side: row[side] for side in ("chosen", "rejected")} for row in load_raw(args.data, split="train").dataset]
     for number in range(args.rounds + 1):

@@ -16,11 +16,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers.trainer_pt_utils import get_length_grouped_indices  # noqa: E402
 
-from rm.batching import StepPlan  # noqa: E402
-from rm.data import tokenize_pairs  # noqa: E402
-from rm.evaluate import pair_lengths  # noqa: E402
-from rm.load import load_raw  # noqa: E402
-from rm.pretrained import load_tokenizer  # noqa: E402
+from rm.data.load import load_raw  # noqa: E402
+from rm.data.plan import StepPlan  # noqa: E402
+from rm.data.rows import tokenize_pairs  # noqa: E402
+from rm.evaluate.evaluator import pair_lengths  # noqa: E402
+from rm.model.load import load_tokenizer  # noqa: E402
 
 
 def main() -> None:

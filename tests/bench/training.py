@@ -52,8 +52,8 @@ CONTENDERS = {
 
 def run_ours(turn: Turn, args: argparse.Namespace, precision: str, options: dict) -> None:
     import train_rm
-    from rm.batching import StepPlan
-    from rm.tracking import RunLog
+    from rm.data.plan import StepPlan
+    from rm.log.trackers import RunLog
 
     plan_step, collate, log = StepPlan.step, train_rm.collate, RunLog.log
 
@@ -153,10 +153,10 @@ def run_trl(turn: Turn, args: argparse.Namespace, precision: str, options: dict)
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """One model folder with head and pad token for all, and the pairs in the order in which our steps take them."""
-    from rm.batching import StepPlan
-    from rm.evaluate import pair_lengths
-    from rm.mixture import load_pairs
-    from rm.pretrained import load_classifier, load_tokenizer
+    from rm.data.mixture import load_pairs
+    from rm.data.plan import StepPlan
+    from rm.evaluate.evaluator import pair_lengths
+    from rm.model.load import load_classifier, load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     classifier = load_classifier(args.model, tokenizer, seed=42)

@@ -1,0 +1,574 @@
+"""Whatever is scored, alone or among others, by the command or in a program, gets the rewards of the evaluation."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PAD, ROOT, tiny_classifier
+from runs import SMALL, assert_same_bits, reset_accelerate
+from transformers import AutoConfig
+
+import train_rm
+from rm.collate import Tree
+from rm.config.errors import InputError
+from rm.data.items import ItemError, encode_items
+from rm.data.load import load_raw
+from rm.data.rows import tokenize_pairs
+from rm.evaluate import __main__ as evaluate
+from rm.model.attention import SDPA_BY_TREE
+from rm.model.load import load_tokenizer
+from rm.model.normalization import reward_scale, sample_of
+from rm.model.reward_model import RewardModel
+from rm.score import __main__ as score
+from rm.score import inputs as stream
+from rm.score import load_scorer, score_trees
+
+ASK = [{"role": "user", "content": "be brief. tell me how to make tea."}]
+TEXT = "<|user|>be brief. tell me how to make tea.<|end|><|assistant|>"
+ANSWERS = ["gladly, boil water.", "no.", "what a silly question. boil water."]
+
+
+def say(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
+@pytest.mark.parametrize("kernel", ["sdpa", SDPA_BY_TREE])
+@pytest.mark.parametrize("budget", [1, 64, 4096])
+def test_answers_get_the_rewards_of_each_alone(layout, kernel, budget):
+    classifier = tiny_classifier("llama")
+    rng = np.random.default_rng(0)
+    shapes = [(5, [4]), (0, [2, 7, 3]), (8, [1, 1]), (3, [6, 2, 2, 9, 5])]
+    trees = [Tree(rng.integers(3, 64, p), [rng.integers(3, 64, n) for n in ns]) for p, ns in shapes]
+    with torch.no_grad():
+        alone = [
+            [classifier(input_ids=torch.tensor(s)[None]).logits[0, 0].item() for s in tree.sequences()]
+            for tree in trees
+        ]
+    model = RewardModel(classifier).train()
+    model.bare.set_attn_implementation(kernel)
+    options = dict(layout=layout, micro_batch_tokens=budget, pad_token_id=PAD, device=torch.device("cpu"))
+    rewards = score_trees(model, trees, **options)
+    assert model.training
+    for got, expected in zip(rewards, alone, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- the evaluation's rewards
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, pretrained):
+    """make(kind) -> the folder of a short run, made once."""
+    root = tmp_path_factory.mktemp("runs")
+    bert = root / "tiny-bert"
+    options = dict(vocab_size=136, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    options |= dict(max_position_embeddings=96, pad_token_id=0, architectures=["BertForSequenceClassification"])
+    shutil.copytree(ROOT / "configs" / "tiny_llama", bert, ignore=shutil.ignore_patterns("config.json"))
+    AutoConfig.for_model("bert", **options).save_pretrained(bert)
+    lora = ["--use_peft", "--lora_target_modules=all-linear", f"--model_name_or_path={pretrained}"]
+    kinds = {
+        "full": [],
+        "concatenated": ["--layout=concatenated"],
+        "bf16": ["--dtype=bfloat16"],
+        "autocast": ["--mixed_precision=bf16"],
+        "cast": ["--eval_dtype=bfloat16"],
+        "lora": lora,
+        "merged": [*lora, "--merge_adapter"],
+        "bert": [f"--model_name_or_path={bert}"],
+        "no_scale": ["--num_normalization_samples=0"],
+    }
+
+    def make(kind: str) -> str:
+        folder = root / kind
+        if not folder.exists():
+            reset_accelerate()
+            train_rm.main(["dataset_name=toy", *SMALL, "--max_steps=2", *kinds[kind], f"--output_dir={folder}"])
+        return str(folder)
+
+    return make
+
+
+TWO = [(ANSWERS[0], ANSWERS[1]), (ANSWERS[1], ANSWERS[2])]
+PAIRS = {
+    "text_implicit_prompt": [{"chosen": TEXT + a, "rejected": TEXT + b} for a, b in TWO],
+    "text_explicit_prompt": [{"prompt": TEXT, "chosen": a, "rejected": b} for a, b in TWO],
+    "conversation_implicit_prompt": [
+        {"chosen": ASK + say(a), "rejected": ASK + say(b), "prompt": ASK[0]["content"]} for a, b in TWO
+    ],
+    "conversation_explicit_prompt": [{"prompt": ASK, "chosen": say(a), "rejected": say(b)} for a, b in TWO],
+    "tokenized": [
+        {"input_ids_chosen": [5, 6, 7, 8], "input_ids_rejected": [5, 6, 9], "attention_mask_rejected": [1, 1, 1]},
+        {"input_ids_chosen": [11, 6, 7], "input_ids_rejected": [12], "attention_mask_rejected": [1]},
+    ],
+}
+
+
+def evaluated(folder: str, rows: list[dict], tmp_path, monkeypatch) -> np.ndarray:
+    """The table of rewards that `rm.evaluate` computes for pairs."""
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables, compute = [], evaluate.evaluate_rewards
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_rewards", lambda *a, **k: tables.append(compute(*a, **k)) or tables[-1])
+        reset_accelerate()
+        evaluate.main([f"--model={folder}", f"--dataset_name={tmp_path / 'pairs.jsonl'}"])
+    return tables[-1]
+
+
+@pytest.mark.parametrize("kind", ["full", "concatenated", "bf16", "autocast", "cast", "lora", "merged", "bert"])
+def test_rewards_are_those_of_the_evaluation(folders, kind, tmp_path, monkeypatch):
+    folder = folders(kind)
+    scorer = load_scorer(folder)
+    assert scorer.layout == ("concatenated" if kind in ("concatenated", "bert") else "shared_prefix")
+    half = kind in ("bf16", "autocast", "cast")
+    for name, rows in PAIRS.items():
+        expected = evaluated(folder, rows, tmp_path, monkeypatch)
+        np.testing.assert_allclose(scorer.rewards(rows), expected, atol=2e-2 if half else 1e-5, err_msg=name)
+    for row in PAIRS["conversation_explicit_prompt"] if half else ():  # alone in a row also the rounding is the same
+        np.testing.assert_array_equal(scorer.rewards([row]), evaluated(folder, [row], tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
+def test_every_form_of_an_answer_gets_the_same_reward(folders, layout):
+    scorer = load_scorer(folders("full"), layout=layout, micro_batch_tokens=40, text_as_conversation=False)
+    assert scorer.layout == layout
+    whole = [scorer.rewards([{"messages": ASK + say(answer)}])[0].item() for answer in ANSWERS]
+    assert len(set(whole)) == 3
+    items = [
+        {"prompt": ASK, "responses": ANSWERS},  # in several trees: 40 tokens do not hold all
+        {"prompt": ASK, "responses": [say(ANSWERS[0]), say(ANSWERS[1])[0], ANSWERS[2]]},
+        {"prompt": ASK[0]["content"], "responses": [ASK + say(answer) for answer in ANSWERS]},
+        *({"prompt": ASK, "response": answer} for answer in ANSWERS),
+        {"prompt": ASK, "chosen": ANSWERS[0], "rejected": say(ANSWERS[2])},
+        {"prompt": TEXT, "responses": ANSWERS},
+        *({"text": TEXT + answer} for answer in ANSWERS),
+    ]
+    rewards = scorer.rewards(items)
+    assert all(r.dtype == np.float64 for r in rewards)
+    for got, expected in zip(rewards, [whole] * 3 + [[r] for r in whole] + [[whole[0], whole[2]]], strict=False):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose(rewards[7], np.concatenate(rewards[8:]), atol=1e-5)  # text ends in EOS, not <|end|>
+    as_trained = load_scorer(folders("full"), layout=layout)  # on conversations
+    question = [{"prompt": ASK[-1]["content"], "responses": ANSWERS}, {"prompt": ASK[-1:], "responses": ANSWERS}]
+    np.testing.assert_allclose(*as_trained.rewards(question), atol=1e-5)
+    np.testing.assert_allclose(as_trained.rewards([{"text": TEXT + ANSWERS[0]}])[0], rewards[8], atol=1e-5)
+    ids = load_tokenizer(folders("full"))(TEXT + ANSWERS[0])["input_ids"] + [2]
+    np.testing.assert_allclose(scorer.rewards([{"input_ids": ids}])[0], rewards[7][0], atol=1e-5)
+
+
+def test_tokens_are_those_of_training_also_where_they_are_cut(tmp_path):
+    tokenizer = load_tokenizer(str(ROOT / "configs" / "tiny_llama"))
+    for rows in (PAIRS["text_explicit_prompt"], PAIRS["conversation_explicit_prompt"], PAIRS["tokenized"]):
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = load_raw(str(tmp_path / "pairs.jsonl"), split="train")
+        for options in ({}, {"max_length": 6, "overlength": "truncate_left"}):
+            expected = tokenize_pairs(source, tokenizer, **options).dataset
+            trees = encode_items(rows, tokenizer, **options)
+            for row, tree in zip(expected, trees, strict=True):
+                chosen, rejected = (ids.tolist() for ids in tree.sequences())
+                assert (chosen, rejected) == (row["input_ids_chosen"], row["input_ids_rejected"])
+                assert len(tree.prefix) == row["prefix_length"]
+
+
+BAD = [
+    (1, "a number, expected an object"),
+    ({}, "nothing to score"),
+    ({"text": None}, "'text' is missing"),
+    ({"text": 3}, "'text' is a number"),
+    ({"text": " \n"}, "'text' is blank"),
+    ({"text": "\ud800"}, "tokenizer cannot read"),
+    ({"response": "b"}, "no 'prompt'"),
+    ({"prompt": 3, "response": "b"}, "'prompt' is a number"),
+    ({"prompt": "a", "responses": []}, "'responses' is an empty list, expected a list of one"),
+    ({"prompt": "a", "responses": ["b", ""]}, r"'responses\[1\]' is blank"),
+    ({"prompt": "a", "responses": ["b", 4]}, r"'responses\[1\]' is a number"),
+    ({"prompt": "a", "response": say("b")}, "'prompt' is text, but not a message"),
+    ({"prompt": ASK, "response": {"role": "assistant"}}, "content.*expected text"),
+    ({"messages": []}, "empty list"),
+    ({"messages": ASK + say("")}, "blank"),
+    ({"messages": "a"}, "'messages' is text"),
+    ({"messages": ASK, "tools": 3}, "'tools' is a number"),
+    ({"messages": ASK, "chat_template_kwargs": {"conversation": 1}}, "chat template refuses"),
+    ({"input_ids": [3, 9999]}, "token id 9999"),
+    ({"input_ids": [3, "a"]}, "list of integers|is .a., expected a whole number"),
+    ({"input_ids": [3, 4], "attention_mask": [1]}, "attention mask"),
+    ({"input_ids": [3, 4], "attention_mask": [0, 0]}, "no tokens"),
+]
+
+
+def test_a_wrong_item_is_named_and_others_are_not_disturbed():
+    tokenizer = load_tokenizer(str(ROOT / "configs" / "tiny_llama"))
+    good = [{"text": "boil water."}, {"messages": ASK}, {"prompt": TEXT, "responses": ANSWERS}]
+    items = [item for bad, _ in BAD for item in (bad, *good)]
+    expected = encode_items(good, tokenizer)
+    for i, found in enumerate(encode_items(items, tokenizer)):
+        if i % 4:
+            assert all(map(np.array_equal, found.sequences(), expected[i % 4 - 1].sequences()))
+        else:
+            assert isinstance(found, ItemError)
+            with pytest.raises(ItemError, match=BAD[i // 4][1]):
+                raise found
+    tokenizer.chat_template = None
+    assert "chat template" in str(encode_items([{"messages": ASK}], tokenizer)[0])
+
+
+def test_what_is_too_long(folders):
+    long = {"prompt": "boil water. " * 40, "responses": ANSWERS}
+    for kind, options, limit in (("bert", {}, "96"), ("full", {"max_length": 20}, "20"), ("full", {}, None)):
+        scorer = load_scorer(folders(kind), **options)
+        if limit is None:
+            assert scorer.rewards([long])[0].shape == (3,)
+            continue
+        with pytest.raises(ItemError, match=rf"item 1: 'responses\[0\]' has \d+ tokens, .* {limit}; "):
+            scorer.rewards([{"text": "no."}, long])
+        cut = load_scorer(folders(kind), overlength="truncate_left", **options)
+        (tree,) = cut.encode([long])
+        assert max(map(len, tree.sequences())) == int(limit)
+        assert np.isfinite(cut.rewards([long])[0]).all()
+    with pytest.raises(InputError, match="learning_rate: cannot act"):
+        load_scorer(folders("full"), learning_rate=1)
+
+
+# ---------------------------------------------------------------- the command
+
+LINES = [
+    {"id": "a", "prompt": ASK, "responses": ANSWERS, "note": "é"},
+    {"id": "b", "prompt": ASK, "chosen": ANSWERS[0], "rejected": ANSWERS[1], "margin": 0.5, "line": 77},
+    "no JSON",
+    {"id": "c", "messages": ASK + say("boil water.")},
+    "",
+    {"id": "d", "text": 5},
+    {"text": TEXT + "no."},
+    '{"text": NaN}',
+    b"\xff\xfe",
+    {"id": "e", "prompt": ASK, "response": "rinse the rice.", "odd": "\ud800"},
+]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfdbinary):
+    """command(*options) -> (exit code, stderr); with `lines` as the input x.jsonl if given."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options: str, lines: list | None = None) -> tuple[int, str]:
+        if lines is not None:
+            encoded = [line if isinstance(line, (bytes, str)) else json.dumps(line) for line in lines]
+            data = b"".join((x if isinstance(x, bytes) else x.encode()) + b"\n" for x in encoded)
+            (tmp_path / "x.jsonl").write_bytes(data)
+        code = score.main(list(options))
+        return code, capfdbinary.readouterr().err.decode()
+
+    return run
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_lines_in_lines_out(folders, command, tmp_path):
+    folder = folders("full")
+    code, said = command(f"--model={folder}", "--input=x.jsonl", "--output", "y.jsonl", lines=LINES)
+    assert code == 0 and "9 lines, 4 errors" in said and "the first error, line 3: not JSON" in said
+    out = read(tmp_path / "y.jsonl")
+    assert [record["line"] for record in out] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert [record["line"] for record in out if "error" in record] == [3, 6, 8, 9]
+    assert out[4] == {"line": 6, "id": "d", "error": "'text' is a number, expected text"}
+    scorer = load_scorer(folder)
+    (answers, pair, talk, text, response) = scorer.rewards([LINES[i] for i in (0, 1, 3, 6, 9)])
+    best = int(answers.argmax())
+    assert out[0] == LINES[0] | {
+        "line": 1, "rewards": pytest.approx(answers), "best": best, "best_response": ANSWERS[best]
+    }  # fmt: skip
+    margin = pair[0] - pair[1]
+    assert out[1] == {key: LINES[1][key] for key in ("id", "prompt", "chosen", "rejected")} | {
+        "line": 2, "data_margin": 0.5,
+        "reward_chosen": pytest.approx(pair[0]), "reward_rejected": pytest.approx(pair[1]),
+        "margin": pytest.approx(margin), "p_chosen": pytest.approx(1 / (1 + np.exp(-margin))),
+    }  # fmt: skip
+    assert out[3] == LINES[3] | {"line": 4, "reward": pytest.approx(talk[0])}
+    assert out[5] == LINES[6] | {"line": 7, "reward": pytest.approx(text[0])}
+    assert out[8] == LINES[9] | {"line": 10, "reward": pytest.approx(response[0])}
+    assert b"\xc3\xa9" in (tmp_path / "y.jsonl").read_bytes()
+
+
+def test_stdin_gz_windows_and_budgets_change_no_reward(folders, command, tmp_path, monkeypatch, capfdbinary):
+    folder = folders("full")
+    command(f"--model={folder}", "--input=x.jsonl", "--output=y.jsonl", lines=LINES)
+    expected = read(tmp_path / "y.jsonl")
+    with gzip.open("x.jsonl.gz", "wb") as file:
+        file.write((tmp_path / "x.jsonl").read_bytes())
+    more = ["--window_size=2", "--micro_batch_tokens=1", "--layout=concatenated"]
+    command(f"--model={folder}", "--input=x.jsonl.gz", "--output=z.jsonl", *more)
+    data = (tmp_path / "x.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: False))
+    capfdbinary.readouterr()
+    assert score.main([f"--model={folder}", "--only_rewards", "--window_size", "3"]) == 0
+    bare = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
+    for one, other, alone in zip(expected, read(tmp_path / "z.jsonl"), bare, strict=True):
+        assert list(one) == list(other) and set(alone) <= {"line", "id", "error", "best", "best_response", *NUMBERS}
+        for key in (*NUMBERS, "line", "id", "best", "error"):
+            values = [record.get(key) for record in (one, other, alone)]
+            assert values[0] == values[1] == values[2] if key not in NUMBERS or None in values else True
+            if key in NUMBERS and key in one:
+                np.testing.assert_allclose(values[1:], values[:1] * 2, atol=1e-5)
+
+
+NUMBERS = ("reward", "rewards", "reward_chosen", "reward_rejected", "margin", "p_chosen")
+
+
+def test_a_line_is_answered_before_later_windows_are_read(folders, monkeypatch, capfdbinary):
+    """So that memory does not grow with the input, and a pipe gets its answers."""
+    read_so_far = []
+
+    class Pipe(io.RawIOBase):
+        def readline(self, limit=-1):
+            read_so_far.append(capfdbinary.readouterr().out.count(b"\n"))
+            return b'{"text": "boil water."}\n' if len(read_so_far) <= 7 else b""
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Pipe(), isatty=lambda: False))
+    score.main([f"--model={folders('full')}", "--window_size=3"])
+    assert read_so_far == [0, 0, 0, 3, 0, 0, 3, 0]
+
+
+def test_goes_on_where_an_output_ends(folders, command, tmp_path):
+    args = [f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", "--window_size=2"]
+    command(*args, lines=LINES)
+    whole = (tmp_path / "y.jsonl").read_bytes()
+    ends = [0, *(i + 1 for i, byte in enumerate(whole) if byte == 10)]
+    for cut in (0, 1, ends[1], ends[2] + 5, ends[3], ends[-2], ends[-1] - 1, ends[-1]):
+        (tmp_path / "y.jsonl").write_bytes(whole[:cut])
+        code, said = command(*args)
+        assert code == 0
+        left = len(ends) - 1 - sum(end <= cut for end in ends[1:])
+        assert f"{left} lines" in said
+        assert [record["line"] for record in read(tmp_path / "y.jsonl")] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+        for one, other in zip(read(tmp_path / "y.jsonl"), map(json.loads, whole.splitlines()), strict=True):
+            assert json.dumps(one)[:40] == json.dumps(other)[:40]
+
+
+def test_refuses_to_go_on_with_what_is_not_its_output(folders, command, tmp_path):
+    full, other = (f"--model={folders(kind)}" for kind in ("full", "no_scale"))
+    args = ["--input=x.jsonl", "--output=y.jsonl"]
+    command(full, *args, lines=LINES[:4])
+    (tmp_path / "y.jsonl").write_bytes(b"".join((tmp_path / "y.jsonl").read_bytes().splitlines(True)[:2]))
+    before = (tmp_path / "y.jsonl").read_bytes()
+    changed = [LINES[0] | {"id": "x"}, *LINES[1:4]]
+    wrong = [
+        ([full, *args, "--normalize"], LINES[:4], "line 1 of the input would be answered otherwise"),
+        ([full, *args, "--only_rewards"], LINES[:4], "line 1 of the input would be answered otherwise"),
+        ([f"--model={folders('bert')}", *args], LINES[:4], "line 1 of the input would be answered otherwise"),
+        ([full, *args], changed, "line 1 of the input would be answered otherwise"),
+        ([full, *args], LINES[:1], "has line 2, x.jsonl has not"),
+    ]
+    for arguments, lines, message in wrong:
+        with pytest.raises(score.InputError, match=message):
+            command(*arguments, lines=lines)
+        assert (tmp_path / "y.jsonl").read_bytes() == before
+    (tmp_path / "y.jsonl").write_text('{"text": "not ours"}\n')
+    with pytest.raises(score.InputError, match="something else than the rewards"):
+        command(other, *args, lines=LINES)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["scoring", "writing"])
+def test_a_signal_leaves_whole_lines(folders, command, tmp_path, monkeypatch, number, when):
+    args = [f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", "--window_size=2"]
+    command(*args, lines=LINES)
+    whole = read(tmp_path / "y.jsonl")
+    (tmp_path / "y.jsonl").unlink()
+    calls, died = [], []
+    place, name = (score, "answer_lines") if when == "scoring" else (score, "_write")
+    work = getattr(place, name)
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return work(*arguments)
+
+    monkeypatch.setattr(score, "die_of", died.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, interrupted)
+        _, said = command(*args)
+    done = 2 if when == "scoring" else 4
+    assert died == [number] and f"stopped after line {whole[done - 1]['line']}; the same command" in said
+    assert len(read(tmp_path / "y.jsonl")) == done
+    command(*args)
+    assert [r["line"] for r in read(tmp_path / "y.jsonl")] == [r["line"] for r in whole]
+
+
+def test_out_of_memory_and_rewards_that_are_not_finite(folders, command, tmp_path, monkeypatch):
+    real = score.Scorer.score
+
+    def tight(self, trees):
+        if sum(map(len, trees)) > 60:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return [np.array([np.nan]) if len(tree) == 2 else r for tree, r in zip(trees, real(self, trees), strict=True)]
+
+    monkeypatch.setattr(score.Scorer, "score", tight)
+    lines = [{"text": "boil water."}, {"text": "no"}, {"text": "boil water. " * 30}, {"text": "boil water."}]
+    assert command(f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", lines=lines)[0] == 0
+    out = read(tmp_path / "y.jsonl")
+    assert "reward" in out[0] and out[0]["reward"] == pytest.approx(out[3]["reward"])
+    assert out[1]["error"] == "the reward is not finite" and "out of memory with" in out[2]["error"]
+
+
+def test_broken_files_and_huge_lines(folders, command, tmp_path, monkeypatch):
+    model = f"--model={folders('full')}"
+    monkeypatch.setattr(stream, "MAX_LINE", 100)
+    lines = [{"text": "no."}, {"text": "boil water. " * 30}, {"text": "no."}]
+    assert command(model, "--input=x.jsonl", "--output=y.jsonl", lines=lines)[0] == 0
+    out = read(tmp_path / "y.jsonl")
+    assert [record["line"] for record in out] == [1, 2, 3] and "longer than" in out[1]["error"]
+    noise = [json.dumps({"text": "no.", "odd": os.urandom(20).hex()}) for _ in range(900)]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("\n".join(noise).encode())[:-900])
+    with pytest.raises(score.InputError, match=r"x.jsonl.gz: cannot be read after line \d+"):
+        command(model, "--input=x.jsonl.gz", "--output=z.jsonl", "--window_size=5000")
+    assert len(read(tmp_path / "z.jsonl")) > 700  # what could be read is answered
+    assert command(model, "--input=x.jsonl", "--output=w.jsonl", lines=["nothing", "here"])[0] == 1
+    assert command(model, "--input=x.jsonl", "--output=v.jsonl", lines=[])[0] == 0
+
+
+def test_wrong_arguments_are_one_line(folders, fails, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "no."}\n')
+    model = f"--model={folders('full')}"
+    for options, message in {
+        ("--input=x.jsonl",): "--model FOLDER is needed",
+        ("--model=no/such/folder", "--input=x.jsonl"): "there is no such folder",
+        (model, "--input=y.jsonl"): "--input=y.jsonl: there is no such file",
+        (model, "--input=x.jsonl", "--output=no/y.jsonl"): "its folder does not exist",
+        (model, "--input=x.jsonl", "--output=./x.jsonl"): "is the input",
+        (model, "--input=x.jsonl", "--output=y.gz"): "no plain file",
+        (model, "--input=x.jsonl", "--learning_rate=1"): "learning_rate cannot act in scoring",
+        (model, "--input=x.jsonl", "--max_length=0"): "max_length=0: must be greater than 0",
+        (model, "--input=x.jsonl", "--window_size=none"): "window_size='none' does not fit",
+        (model, "--input=x.jsonl", "--normalize=3"): "normalize='3' does not fit",
+        (model, "--input"): "--input needs a value",
+        (f"--model={folders('no_scale')}", "--input=x.jsonl", "--normalize"): "has no reward_mean",
+    }.items():
+        assert message in fails(*options, module="rm.score"), options
+
+
+def test_help_and_a_warning_of_texts_for_a_model_of_conversations(folders, command, capfdbinary):
+    assert score.main(["--help"]) == 0
+    shown = capfdbinary.readouterr().out.decode()
+    assert all(f"--{name}" in shown for name in (*score.OWN_OPTIONS, *score.OPTIONS))
+    _, said = command(f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", lines=LINES)
+    assert "line 7 is text without a prompt to make a message of, and the model was trained on conversations" in said
+    _, said = command(f"--model={folders('full')}", "--input=x.jsonl", "--output=z.jsonl", lines=LINES[:4])
+    assert "warning" not in said
+
+
+# ---------------------------------------------------------------- normalised rewards
+
+
+def test_the_scale_is_that_of_the_training_answers(folders, tmp_path, monkeypatch):
+    """Of the final weights; in config.json, and of an adapter, which has none, in results.json."""
+    from rm.data.toy import toy_dataset
+
+    rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in toy_dataset("train", 80, 42)]
+    for kind in ("full", "lora", "merged", "bert"):
+        folder = folders(kind)
+        scorer, scaled = load_scorer(folder), load_scorer(folder, normalize=True)
+        rewards = np.array(scorer.rewards(rows))
+        scale = json.loads(open(f"{folder}/results.json").read())["normalization"]
+        assert scale["reward_mean"] == pytest.approx(rewards.mean(), abs=1e-5), kind
+        assert scale["reward_std"] == pytest.approx(rewards.std(), abs=1e-5)
+        assert scale["reward_answers"] == 160
+        if kind != "lora":
+            config = json.loads(open(f"{folder}/config.json").read())
+            assert {key: config[key] for key in scale} == scale
+        normal = np.array(scaled.rewards(rows))
+        np.testing.assert_allclose(normal, (rewards - rewards.mean()) / rewards.std(), atol=1e-4)
+
+
+def test_a_model_without_the_run_around_it(folders, tmp_path):
+    """As from the hub: what plain transformers needs, and no more."""
+    for file in os.listdir(folders("full")):
+        if file.endswith((".safetensors", ".jinja")) or file.startswith(("config.json", "tokenizer")):
+            shutil.copy(f"{folders('full')}/{file}", tmp_path)
+    items = [{"prompt": ASK, "responses": ANSWERS}, {"text": TEXT}]
+    for normalize in (False, True):
+        scorers = (load_scorer(str(folder), normalize=normalize) for folder in (tmp_path, folders("full")))
+        for one, other in zip(*(scorer.rewards(items) for scorer in scorers), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_probability_of_a_pair_is_that_of_its_unnormalised_margin(folders, command, tmp_path):
+    model = f"--model={folders('full')}"
+    command(model, "--input=x.jsonl", "--output=y.jsonl", lines=LINES[1:2])
+    command(model, "--input=x.jsonl", "--output=z.jsonl", "--normalize")
+    (plain,), (normal,) = read(tmp_path / "y.jsonl"), read(tmp_path / "z.jsonl")
+    assert normal["p_chosen"] == pytest.approx(plain["p_chosen"], abs=1e-6)
+    assert abs(normal["margin"]) != pytest.approx(abs(plain["margin"]), rel=0.01)
+
+
+def test_the_sample_and_its_moments():
+    assert reward_scale(np.array([[1.0, 2.0], [3.0, 6.0]])) == {
+        "reward_mean": 3.0, "reward_std": pytest.approx(np.sqrt(3.5)), "reward_answers": 4
+    }  # fmt: skip
+    assert reward_scale(np.array([1.0, np.nan])) is None
+    assert sample_of(5, -1, 0).tolist() == sample_of(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
+    one = sample_of(1000, 100, 0)
+    assert len(set(one.tolist())) == 100 and one.tolist() == sorted(one.tolist()) == sample_of(1000, 100, 0).tolist()
+    assert one.tolist() != sample_of(1000, 100, 1).tolist() and 400 < one.mean() < 600
+
+
+def test_a_scale_does_not_outlive_its_model(folders, tmp_path):
+    origin = folders("full")
+    for name, options in {"all": [], "lora": ["--use_peft", "--merge_adapter"]}.items():
+        folder = tmp_path / name
+        reset_accelerate()
+        train_rm.main([
+            "dataset_name=toy", *SMALL, "--max_steps=1", f"--output_dir={folder}", f"--model_name_or_path={origin}",
+            "--num_normalization_samples=0", *options,
+        ])  # fmt: skip
+        assert not [key for key in json.loads((folder / "config.json").read_text()) if key.startswith("reward_")]
+        assert json.loads((folder / "results.json").read_text())["normalization"] is None
+        with pytest.raises(InputError, match="has no reward_mean and reward_std in its config.json"):
+            load_scorer(str(folder), normalize=True)
+
+
+def test_a_resumed_run_has_the_same_scale(train):
+    options = ["--save_steps=2", "--num_normalization_samples=30"]
+    _, whole = train("whole", *options)
+    _, again = train("again", *options)
+    shutil.rmtree(again / "checkpoints" / "step-4")
+    (again / "results.json").unlink()
+    train("again", *options, "--resume_from_checkpoint=latest")
+    assert_same_bits(whole, again)
+    assert (whole / "config.json").read_bytes() == (again / "config.json").read_bytes()
+    scale = json.loads((whole / "results.json").read_text())["normalization"]
+    assert scale["reward_answers"] == 60
+    assert scale == json.loads((again / "results.json").read_text())["normalization"]
+
+
+def test_a_file_of_others_is_never_cut(folders, tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text('{"text": "be brief."}\n')
+    command = [f"--model={folders('full')}", f"--input={tmp_path / 'x.jsonl'}", f"--output={tmp_path / 'y'}"]
+    for content in ('{"accuracy": 0.9}', "notes", '{"line": 1, "reward": 0.5}\n{"line": 1, "reward": 0.5}\n'):
+        (tmp_path / "y").write_text(content)
+        with pytest.raises(InputError, match="something else than the rewards|holds 2 lines"):
+            score.main(command)
+        assert (tmp_path / "y").read_text() == content
+    (tmp_path / "y").write_text('{"li')  # a line of ours, torn
+    assert score.main(command) == 0 and json.loads((tmp_path / "y").read_text())["line"] == 1
+
+
+def test_two_programs_do_not_write_one_output(tmp_path):
+    one = stream.open_output(tmp_path / "y", 0, 0)
+    with pytest.raises(InputError, match="another program is writing it"):
+        stream.open_output(tmp_path / "y", 0, 0)
+    one.write(b"x\n")
+    one.close()
+    with pytest.raises(InputError, match="another program is writing it"):  # it was, since we looked
+        stream.open_output(tmp_path / "y", 0, 0)
+    stream.open_output(tmp_path / "y", 2, 2).close()

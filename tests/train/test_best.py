@@ -1,0 +1,189 @@
+"""The best evaluation and early stopping."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from runs import SMALL, record, reset_accelerate, summary, weights
+from safetensors.torch import load_file
+
+import rm.evaluate.__main__
+from rm.train.best import BestEvaluation
+
+
+def feed(values, metric="eval/accuracy", **options):
+    best = BestEvaluation(metric, **options)
+    return best, [best.update(i, {metric: value}) for i, value in enumerate(values, 1)]
+
+
+def test_direction_and_ties():
+    assert feed([0.5, 0.6, 0.6, 0.4])[1] == [True, True, False, False]
+    assert feed([0.5, 0.6, 0.4, 0.4], "eval/loss")[1] == [True, False, True, False]
+    assert feed([0.5, 0.6], "eval/loss", greater_is_better=True)[1] == [True, True]
+    assert feed([0.5, 0.4], "eval/margin", greater_is_better=False)[1] == [True, True]
+
+
+def test_nan_is_never_the_best():
+    best, updates = feed([math.nan, 0.1, math.nan, 0.2], "eval/loss")
+    assert updates == [False, True, False, False] and best.step == 2
+    assert best.evaluations_waited == 2
+
+
+def test_patience_and_threshold():
+    best, _ = feed([0.5, 0.6, 0.6], patience=2)
+    assert not best.patience_is_over
+    best.update(4, {"eval/accuracy": 0.55})
+    assert best.patience_is_over and best.step == 2
+    best, updates = feed([0.50, 0.52, 0.54, 0.55], patience=2, threshold=0.03)
+    assert updates == [True] * 4 and best.step == 4  # better, but not by enough to go on for
+    assert best.patience_is_over
+    assert not feed([0.5, 0.4, 0.3, 0.2])[0].patience_is_over
+
+
+def test_state():
+    best, _ = feed([0.5, 0.6, 0.4], patience=2)
+    other = BestEvaluation("eval/accuracy", patience=2)
+    other.load_state(best.state())
+    for one in (best, other):
+        assert not one.update(4, {"eval/accuracy": 0.6}) and one.patience_is_over and one.step == 2
+
+
+def test_without_a_metric():
+    best = BestEvaluation(None)
+    assert not best.update(1, {"eval/loss": 0.1}) and best.step is None and not best.patience_is_over
+
+
+# ---------------------------------------------------------------- whole runs
+
+# the loss rises in the end, since the learning rate does
+RUN = ["dataset_name=toy", *SMALL, "--max_steps=12", "--eval_steps=2", "--logging_steps=5"]
+RUN += ["--lr_scheduler_type=constant_with_warmup", "--warmup_steps=12", "--learning_rate=0.1"]
+BEST = ["--load_best_model_at_end", "--save_total_limit=1"]
+PATIENT = [*BEST, "--early_stopping_patience=2"]
+
+
+@pytest.fixture(scope="module")
+def runs(zygote, tmp_path_factory):
+    """Folders of a run that saves its last weights, of one that saves the best, and of one that stops early."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in {"last": [], "best": BEST, "early": PATIENT}.items():
+        zygote.run(1, [*RUN, *options, f"--output_dir={name}"], folder)
+    return folder
+
+
+def evaluations(folder):
+    return {row["step"]: row["eval/loss"] for row in record(folder) if "eval/loss" in row}
+
+
+def test_the_best_weights_are_saved(runs):
+    losses = evaluations(runs / "best")
+    best = min(losses, key=losses.get)
+    assert losses == evaluations(runs / "last") and list(losses) == [2, 4, 6, 8, 10, 12]
+    assert best < 8 and losses[12] > losses[best] + 0.05  # the run does get worse
+    end = summary(runs / "best")
+    assert end["train/best_step"] == best and end["train/steps"] == 12 and end["eval/loss"] == losses[best]
+    kept = load_file(runs / "best" / "checkpoints" / f"step-{best}" / "model.safetensors")
+    saved = weights(runs / "best")
+    assert all(torch.equal(kept[f"classifier.{name}"], tensor) for name, tensor in saved.items())
+    assert not torch.equal(saved["score.weight"], weights(runs / "last")["score.weight"])
+
+
+def test_what_was_saved_has_the_metrics_of_the_summary(runs, capsys):
+    reset_accelerate()
+    metrics = rm.evaluate.__main__.main([f"--model={runs / 'best'}"])
+    assert metrics["eval/loss"] == pytest.approx(summary(runs / "best")["eval/loss"], abs=1e-6)
+
+
+def test_it_stops_early(runs):
+    losses = evaluations(runs / "early")
+    best = min(losses, key=losses.get)
+    assert list(losses) == list(range(2, best + 5, 2)) and best + 4 < 12  # each evaluation once
+    assert losses.items() <= evaluations(runs / "best").items()
+    end = summary(runs / "early")
+    assert end["train/steps"] == best + 4 and end["train/best_step"] == best and end["eval/loss"] == losses[best]
+    steps = [row["step"] for row in record(runs / "early") if "train/loss" in row]
+    assert steps[-1] == best + 4  # no step is missing in the means
+    assert torch.equal(weights(runs / "early")["score.weight"], weights(runs / "best")["score.weight"])
+
+
+@pytest.mark.parametrize("at", ["best", "after", "end"])
+def test_it_resumes(runs, zygote, tmp_path, at):
+    """From the best checkpoint, from one that waits, and from the one at which it stopped."""
+    options = [*RUN, *PATIENT, "--save_steps=2", "--save_total_limit=none"]
+    zygote.run(1, [*options, "--output_dir=run"], tmp_path)
+    best = summary(tmp_path / "run")["train/best_step"]
+    before = record(tmp_path / "run"), summary(tmp_path / "run"), weights(tmp_path / "run")
+    assert before[0] == record(runs / "early")
+    step = best + {"best": 0, "after": 2, "end": 4}[at]
+    (tmp_path / "run" / "results.json").unlink()
+    for later in [step + 2, step + 4]:
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{later}", ignore_errors=True)
+    zygote.run(1, [*options, "--output_dir=run", "--resume_from_checkpoint=latest"], tmp_path)
+    assert (record(tmp_path / "run"), summary(tmp_path / "run")) == before[:2]
+    assert all(torch.equal(before[2][name], tensor) for name, tensor in weights(tmp_path / "run").items())
+    path = f"--resume_from_checkpoint=run/checkpoints/step-{step}"  # the best one comes along
+    zygote.run(1, [*options, "--output_dir=elsewhere", path], tmp_path)
+    assert (record(tmp_path / "elsewhere"), summary(tmp_path / "elsewhere")) == before[:2]
+    assert all(torch.equal(before[2][name], tensor) for name, tensor in weights(tmp_path / "elsewhere").items())
+    done = zygote.start([*options, "--output_dir=third", path, "--eval_steps=4"], tmp_path)
+    assert done.wait() == 2 and "eval_steps: 2 -> 4" in done.stderr  # it decides when the run ends
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_processes_agree(zygote, runs, tmp_path, pretrained, lora):
+    options = [
+        *RUN,
+        *PATIENT,
+        f"--model_name_or_path={pretrained}",
+        *(["--use_peft", "--lora_dropout=0"] if lora else []),
+    ]
+    for count in (1, 2):
+        zygote.run(count, [*options, f"--output_dir={count}"], tmp_path)
+    one, two = (summary(tmp_path / name) for name in "12")
+    assert one["train/best_step"] == two["train/best_step"] < one["train/steps"]
+    assert one["eval/loss"] == pytest.approx(two["eval/loss"], abs=1e-5)
+
+
+def test_fsdp2(fsdp_zygote, zygote, tmp_path):
+    fsdp_zygote.run(2, [*RUN, *PATIENT, "--output_dir=fsdp"], tmp_path)
+    zygote.run(1, [*RUN, *PATIENT, "--output_dir=one"], tmp_path)
+    fsdp, one = (summary(tmp_path / name) for name in ("fsdp", "one"))
+    assert fsdp["train/best_step"] == one["train/best_step"] and fsdp["train/steps"] == one["train/steps"]
+    for name, tensor in weights(tmp_path / "fsdp").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], atol=1e-4, rtol=0)
+
+
+def test_a_damaged_best_checkpoint_loses_nothing(zygote, tmp_path):
+    spoil = "import train_rm\nload = train_rm.damage\ntrain_rm.damage = lambda folder: 'it is gone'"
+    done = zygote.start([*RUN, *BEST, "--output_dir=run"], tmp_path, fault=spoil)
+    assert done.wait() == 1
+    fix = "load_best_model_at_end=false metric_for_best_model=eval/loss"
+    assert f"damaged (it is gone); resume with {fix} to save the last weights" in done.stderr
+    again = [*RUN, *BEST, *fix.split(), "--resume_from_checkpoint=latest", "--output_dir=run"]
+    assert "12 steps are done" in zygote.run(1, again, tmp_path).stderr
+    assert list(evaluations(tmp_path / "run")) == [2, 4, 6, 8, 10, 12]
+
+
+def test_fractions_of_all_steps_and_the_start(zygote, runs, tmp_path):
+    every = ["--eval_steps=0.25", "--save_steps=0.5", "--logging_steps=0.34", "--eval_on_start", "--full_determinism"]
+    zygote.run(1, [*RUN, *every, "--save_total_limit=none", "--output_dir=run"], tmp_path)
+    rows = record(tmp_path / "run")
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3, 6, 9, 12]
+    assert [row["step"] for row in rows if "train/loss" in row] == [5, 10, 12]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-12", "step-6"]
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(runs / "last"))  # none of it changes the training
+
+
+@pytest.mark.parametrize("metric", ["eval/loss", "eval/my_loss", "eval/brier", "eval/chat/ece", "eval/ties"])
+def test_less_of_a_loss_or_an_error_is_better(metric):
+    best = BestEvaluation(metric)
+    assert best.update(1, {metric: 0.5}) and best.update(2, {metric: 0.4}) and not best.update(3, {metric: 0.6})
+
+
+def test_what_has_no_direction_needs_one():
+    for metric in ("eval/temperature", "eval/chat/reward_std", "eval/null_prompt_loss"):
+        with pytest.raises(ValueError, match=f"metric_for_best_model={metric}: more of it is not better"):
+            BestEvaluation(metric)
+    assert BestEvaluation("eval/reward_std", greater_is_better=False).update(1, {"eval/reward_std": 2.0})
+    assert BestEvaluation("eval/accuracy").greater_is_better and BestEvaluation("eval/margin_q05").greater_is_better
