@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline", WANDB_SILENT="true")
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,8 +18,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
+from examples import preference_data, read, word_tokenizer, write  # noqa: E402
 from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa: E402
+
+from rm.data.dataset import PreferenceData  # noqa: E402
 
 if sys.platform == "linux":  # forked children end with us: pytest waits for all who hold the pipe of a worker that hung
     PR_SET_PDEATHSIG, libc = 1, ctypes.CDLL(None)
@@ -71,27 +74,16 @@ def tiny_classifier(kind: str, **extra):
     return model.eval()
 
 
-def random_pairs(num_pairs: int = 6, seed: int = 0, max_prefix: int = 12, max_suffix: int = 9) -> Dataset:
-    """A tokenized data set of random pairs with various prefixes (also none), as `rm.data` makes it."""
+def random_pairs(num_pairs: int = 6, seed: int = 0, max_prefix: int = 12, max_suffix: int = 9) -> PreferenceData:
+    """Random pairs with various prefixes (also none)."""
     rng = np.random.default_rng(seed)
-    rows = []
+    prompts = []
     for i in range(num_pairs):
         prefix = rng.integers(3, VOCAB, rng.integers(0, max_prefix + 1) if i else 0).tolist()
         chosen, rejected = (rng.integers(3, VOCAB, rng.integers(1, max_suffix + 1)).tolist() for _ in range(2))
         rejected[0] = 3 + (chosen[0] - 2) % (VOCAB - 3)  # differs from chosen[0]
-        rows.append(
-            dict(
-                id=str(i),
-                row=i,
-                input_ids_chosen=prefix + chosen,
-                input_ids_rejected=prefix + rejected,
-                prefix_length=len(prefix),
-                length_chosen=len(prefix) + len(chosen),
-                length_rejected=len(prefix) + len(rejected),
-                margin=0.25 * i,
-            )
-        )
-    return Dataset.from_list(rows).with_format("numpy")
+        prompts.append([prefix + chosen, prefix + rejected])
+    return preference_data(prompts, margin=[[0.25 * i] for i in range(num_pairs)])
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +97,7 @@ def signal_handlers():
 
 
 @pytest.fixture
-def pairs() -> Dataset:
+def pairs() -> PreferenceData:
     return random_pairs()
 
 
@@ -136,6 +128,30 @@ def tiny_model_folder(tmp_path):
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tiny_tokenizer(pad_token).save_pretrained(folder)
         return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """A cache of data sets that is empty."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture
+def data_of(tokenizer, own_cache, tmp_path):
+    """data_of(rows, tokenizer, **options) → the data of a file rows.jsonl."""
+
+    def make(rows, other_tokenizer=None, **changes):
+        return read(write(tmp_path / "rows.jsonl", rows), other_tokenizer or tokenizer, **changes)
 
     return make
 
@@ -179,17 +195,17 @@ def train(tmp_path, monkeypatch, capsys, request):
     seconds, but for tests that ask for `drawn`."""
     monkeypatch.chdir(tmp_path)
 
-    from runs import SMALL, reset_accelerate
+    from runs import SMALL, merged, reset_accelerate
 
     import train_rm
 
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(train_rm, "write_report", lambda output_dir: None)
+        monkeypatch.setattr("rm.train.finish.write_report", lambda folder: (folder / "report.html").write_text("-"))
 
     def run(name: str, *options: str):
         reset_accelerate()
         folder = tmp_path / name
-        summary = train_rm.main(["dataset_name=toy", *SMALL, f"--output_dir={folder}", *options])
+        summary = train_rm.main(merged([*SMALL, f"--output_dir={folder}", *options]))
         assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == summary
         return summary, folder
 
@@ -208,7 +224,7 @@ def same_log_level():
 def fails(tmp_path, monkeypatch, capsys):
     """fails(*options) → the one line with which the program ends, with exit code 2; module: another program."""
     import datasets
-    from runs import SMALL, reset_accelerate
+    from runs import SMALL, merged, reset_accelerate
 
     import train_rm
 
@@ -218,8 +234,8 @@ def fails(tmp_path, monkeypatch, capsys):
     def run(*options: str, module: str | None = None) -> str:
         reset_accelerate()
         if module is None:
-            some = ["dataset_name=toy", *SMALL, "--max_train_samples=none", "--max_eval_samples=none"]
-            monkeypatch.setattr(sys, "argv", ["train_rm.py", *some, "--output_dir=out", *options])
+            some = [*SMALL, "--max_train_samples=none", "--max_eval_samples=none"]
+            monkeypatch.setattr(sys, "argv", ["train_rm.py", *merged([*some, "--output_dir=out", *options])])
             code = train_rm.run()
         else:
             monkeypatch.setattr(sys, "argv", [module, *options])
@@ -234,3 +250,9 @@ def fails(tmp_path, monkeypatch, capsys):
         return lines[-1].removeprefix("error: ")
 
     return run
+
+
+@pytest.fixture
+def config():
+    """config("wandb", ...): the options that `RunLog` reads."""
+    return lambda *report_to: SimpleNamespace(project="p", report_to=list(report_to))

@@ -8,12 +8,13 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 import train_rm
+from rm.train import setup
 
-plain = train_rm.make_accelerator
+plain = setup.create_accelerator
 
 
-def make_accelerator(*args):
-    accelerator = plain(*args)
+def create_accelerator(config):
+    accelerator = plain(config)
     assert accelerator.distributed_type == DistributedType.DEEPSPEED
     return accelerator
 
@@ -24,8 +25,8 @@ def run() -> int:
     os.environ |= {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "none" for what in ("OPTIMIZER", "PARAM")}
     os.environ |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "false", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
     PartialState(cpu=True)  # makes the gloo group
-    torch.accelerator.is_available = lambda: True  # so that train_rm.py does not say cpu=True
-    train_rm.make_accelerator = make_accelerator
+    torch.accelerator.is_available = lambda: True  # so that `cpu=True` is not passed
+    setup.create_accelerator = create_accelerator
     return train_rm.run()
 
 

@@ -8,20 +8,21 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import train_rm
+from rm.train import setup
 
-plain = train_rm.make_accelerator
+plain = setup.create_accelerator
 
 
-def make_accelerator(*args) -> Accelerator:
+def create_accelerator(config) -> Accelerator:
     os.environ["FSDP_VERSION"] = "2"
-    accelerator, state = plain(*args), AcceleratorState()
+    accelerator, state = plain(config), AcceleratorState()
     options = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "reshard_after_forward": True}
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(**options)
     return accelerator
 
 
 def run() -> int:
-    train_rm.make_accelerator = make_accelerator
+    setup.create_accelerator = create_accelerator
     return train_rm.run()
 
 

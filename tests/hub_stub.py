@@ -59,7 +59,7 @@ class HubStub:
             actions = [{"upload": {"href": f"{self.url}/put/{o['oid']}"}} for o in objects]
             done = [o | {"actions": a} for o, a in zip(objects, actions, strict=True)]
             return 200, {"transfer": "basic", "objects": done}
-        if re.fullmatch(r"/api/models/[^/]+/[^/]+", path):
+        if re.fullmatch(r"/api/models/[^/]+(/[^/]+)?", path):
             return 404, {"error": "no such repository"}
         repo, what, revision = re.fullmatch(r"/api/models/([^/]+/[^/]+)/([\w-]+)/([^/]+)", path).groups()
         if repo not in self.repos:
@@ -84,7 +84,7 @@ class HubStub:
                     self.commits.append(value["summary"])
             oid = f"{len(self.commits):040x}"
             return 200, {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}"}
-        return 200, {}  # auth-check, branch
+        return 200, {"id": repo}  # auth-check, branch, revision
 
     def _handler(stub):  # noqa: N805
         class Handler(BaseHTTPRequestHandler):

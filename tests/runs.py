@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,17 +15,20 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SMALL = [
-    "--max_train_samples=80",
-    "--max_eval_samples=30",
-    "--train_batch_size=16",
-    "--max_steps=4",
-    "--num_train_epochs=1",
-    "--logging_steps=1",
-    "--eval_steps=0",
-    "--micro_batch_tokens=1024",
-    "--model_name_or_path=" + str(ROOT / "configs" / "tiny_llama"),
-]
+SMALL = [f"--config={ROOT / 'tests' / 'small.yaml'}"]
+
+
+def merged(options: list[str]) -> list[str]:
+    """A command line in which the last of equal options is kept: the program takes each option once."""
+    last: dict[str, list[str]] = {}
+    for option in options:
+        if option.startswith("--") or "=" in option:
+            name = option if option.startswith("--config=") else option.removeprefix("--").partition("=")[0]
+            last.pop(name, None)
+            last[name] = [option]
+        else:
+            last[name].append(option)  # the value of the option before it
+    return [word for words in last.values() for word in words]
 
 
 def reset_accelerate():
@@ -58,13 +62,13 @@ def all_traces(folder) -> list[float]:
     """The rewards along all answers in samples/."""
     paths = sorted((folder / "samples").iterdir())
     records = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    traces = [record[f"trace_{side}"] for record in records for side in ("chosen", "rejected")]
+    traces = [record[f"token_rewards_{side}"] for record in records for side in ("chosen", "rejected")]
     return [reward for trace in traces for _, reward in trace]
 
 
 def program(*options: str, launcher=(sys.executable,), cwd=None, script=ROOT / "train_rm.py"):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, str(script), "dataset_name=toy", *SMALL, *options]
+    command = [*launcher, str(script), *merged([*SMALL, *options])]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=300)
 
 
@@ -87,13 +91,19 @@ def summary(folder) -> dict:
     return {k: v for k, v in values.items() if k != "output_dir" and not k.startswith("speed/")}
 
 
+def in_copy(run: Path, name: str, step: int) -> str:
+    """The option with which a copy of `run`, next to it, resumes from its checkpoint after `step`."""
+    folder = shutil.copytree(run, run.parent / name)
+    return f"--resume_from_checkpoint={folder / 'checkpoints' / f'step-{step}'}"
+
+
 def assert_same_bits(one, other, also_kept=True):
     """Two runs that cannot be told apart but by the clock; `also_kept`: and have the same checkpoints."""
     kept = [{path.name for path in (run / "checkpoints").glob("step-*") if path.suffix == ""} for run in (one, other)]
     assert kept[0] == kept[1] or not also_kept
     for name in kept[0] & kept[1]:
         states = [json.loads((run / "checkpoints" / name / "state.json").read_text()) for run in (one, other)]
-        assert states[0]["best"] == states[1]["best"] and states[0]["skipped"] == states[1]["skipped"]
+        assert all(states[0][key] == states[1][key] for key in ("best", "skipped_steps"))
     assert record(one) == record(other)
     assert summary(one) == summary(other)
     (name,) = {path.name for path in one.glob("*.safetensors")}

@@ -1,16 +1,42 @@
-"""Both layouts give the rewards and gradients of separate passes, on every architecture that we name."""
+"""Rewards and gradients of both layouts equal those of plain transformers, for any number of answers."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import CAUSAL, ENCODERS, PAD, random_pairs, tiny_classifier
+from conftest import CAUSAL, ENCODERS, PAD, VOCAB, random_pairs, tiny_classifier
+from examples import preference_data
 
-from rm.collate import Batch, Tree, collate, collate_trees
-from rm.data.plan import MicroBatch
-from rm.forward import concatenated_forward, resolve_layout, score_batch
+from rm.collate import collate, collate_trees
+from rm.config.errors import InputError
+from rm.data.plan import Layout, MicroBatch, plan_micro_batches
+from rm.forward import choose_layout, concatenated_forward, forward_batch, score_batch
 from rm.loss import pairwise_loss
-from rm.model.attention import SDPA_BY_TREE, attention_mask, dense_mask, shared_prefix_rule
-from rm.model.reward_model import RewardModel
+from rm.model.attention import SDPA_BY_TREE, attention_mask
+from rm.model.reward_model import RewardModel, unwrapped
+from rm.score.rewards import TreeList, score_prompts
+
+CPU = torch.device("cpu")
+PACKED, BY_TREE = Layout("shared_prefix", PAD), Layout("shared_prefix", PAD, by_tree=True)
+PADDED = Layout("concatenated", PAD)
+ROWS = {"one row": [[0, 1, 2, 3, 4]], "three rows": [[4, 0], [1, 2], [3]]}
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Prompts with 2, 3, 6, 2 and 1 answers, with several comparisons, margins, weights and soft labels."""
+    rng = np.random.default_rng(0)
+
+    def draw(count: int) -> list[int]:
+        return rng.integers(3, VOCAB, count).tolist()
+
+    prompts = []
+    for num_answers, prefix in ((2, 0), (3, 5), (6, 12), (2, 8), (3, 1)):
+        start = draw(prefix)
+        prompts.append([start + draw(n) for n in rng.integers(1, 9, num_answers)])
+    comparisons = [[(1, 0)], [(0, 1), (2, 0), (1, 2)], [(0, 5), (4, 1), (2, 3), (5, 2)], [(0, 1)], [(2, 1)]]
+    columns = {name: [rng.uniform(low, 1, len(c)).round(2).tolist() for c in comparisons]
+               for name, low in (("margin", -1), ("weight", 0), ("p_chosen", 0.5))}  # fmt: skip
+    return preference_data(prompts, comparisons, **columns)
 
 
 def with_lora(classifier):
@@ -19,105 +45,107 @@ def with_lora(classifier):
     torch.manual_seed(0)
     model = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at the start: the adapter would not act
+        if "lora_B" in name:  # zero at the start: the adapter would have no effect
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
 
 
-def one_by_one(classifier, dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference: plain transformers, one unpadded sequence a pass, its own pooling."""
-    sides = ("input_ids_chosen", "input_ids_rejected")
-    rewards = [[classifier(input_ids=torch.tensor(row[s])[None]).logits[0, 0] for s in sides] for row in dataset]
-    table = torch.stack([torch.stack(pair) for pair in rewards])
-    return table[:, 0], table[:, 1]
+def plain_rewards(classifier, data) -> torch.Tensor:
+    """The reference: plain transformers on padded sequences, with its own pooling; [N], prompt by prompt."""
+    sequences = [torch.from_numpy(ids).long() for tree in data.trees(range(len(data))) for ids in tree.sequences()]
+    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=PAD)
+    return classifier(input_ids=input_ids, attention_mask=(input_ids != PAD).long()).logits[:, 0]
 
 
-def gradients(model: torch.nn.Module, chosen, rejected, margin) -> dict[str, torch.Tensor]:
+def step_loss(chosen_C, rejected_C, batch) -> torch.Tensor:
+    loss_C = pairwise_loss(chosen_C, rejected_C, batch.margin_C, batch.p_chosen_C, center_rewards_coefficient=0.1)
+    return (batch.share_C * batch.weight_C * loss_C).sum()
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    pairwise_loss(chosen, rejected, margin, center_rewards_coefficient=0.1).sum().backward()
+    loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-ROWS = {"one row": [[0, 1, 2, 3, 4, 5]], "three rows": [[5, 0], [1, 2, 3], [4]]}
+def set_kernel(model: RewardModel, kernel: str) -> RewardModel:
+    unwrapped(model.classifier).set_attn_implementation(kernel)
+    return model
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", CAUSAL)
-def test_layouts_equal_separate_passes(kind, lora, pairs):
-    classifier = tiny_classifier(kind)
-    if lora:
-        classifier = with_lora(classifier)
+@pytest.mark.parametrize("kind", [*CAUSAL, "llama with LoRA"])
+def test_layouts_equal_plain_transformers(kind, groups):
+    classifier = tiny_classifier(kind.split()[0])
+    classifier = with_lora(classifier) if "LoRA" in kind else classifier
+    expected = plain_rewards(classifier, groups)
+    table, first = groups.comparisons, np.cumsum([0, *groups.num_answers])
+    chosen, rejected = (torch.tensor(first[table["index"]] + table[side]) for side in ("chosen", "rejected"))
+    columns = {name: torch.tensor(table[name].to_numpy(), dtype=torch.float32) for name in ("margin", "p_chosen")}
+    loss_C = pairwise_loss(expected[chosen], expected[rejected], columns["margin"], columns["p_chosen"],
+                           center_rewards_coefficient=0.1)  # fmt: skip
     model = RewardModel(classifier)
-    margin = torch.tensor(np.asarray(pairs["margin"], dtype=np.float32))
-    chosen, rejected = one_by_one(classifier, pairs)
-    expected = gradients(model, chosen, rejected, margin)
-    assert any("score" in name for name in expected)
+    want = gradients(model, (torch.tensor(table["share"] * table["weight"]) * loss_C).sum())
+    assert any("score" in name for name in want) and any("1" in name for name in want)
 
-    cases = [("concatenated", [[i] for i in range(6)], "sdpa")]
-    cases += [("shared_prefix", rows, kernel) for rows in ROWS.values() for kernel in ("sdpa", SDPA_BY_TREE)]
+    cases = [(PADDED, [[i] for i in range(5)], "sdpa")]
+    cases += [(PACKED, rows, kernel) for rows in ROWS.values() for kernel in ("sdpa", SDPA_BY_TREE)]
     for layout, rows, kernel in cases:
-        model.bare.set_attn_implementation(kernel)
-        batch = collate(pairs, MicroBatch(rows), layout, PAD)
-        got_chosen, got_rejected = concatenated_forward(model, batch)
-        torch.testing.assert_close(got_chosen, chosen[batch.index_B], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(got_rejected, rejected[batch.index_B], atol=1e-5, rtol=1e-5)
-        got = gradients(model, got_chosen, got_rejected, batch.margin_B)
-        assert got.keys() == expected.keys()
-        for name, gradient in expected.items():
+        micro_batch = MicroBatch(rows)
+        batch = collate(groups, micro_batch, layout)
+        places = np.concatenate([np.arange(first[i], first[i + 1]) for i in micro_batch.prompts])
+        rewards_N = score_batch(set_kernel(model, kernel), batch)
+        torch.testing.assert_close(rewards_N, expected[places], atol=1e-5, rtol=1e-5)
+        got = gradients(model, step_loss(*concatenated_forward(model, batch), batch))
+        assert got.keys() == want.keys()
+        for name, gradient in want.items():
             torch.testing.assert_close(got[name], gradient, atol=2e-4, rtol=1e-4, msg=f"{layout} {kernel} {name}")
 
 
-def test_eager_attention_takes_the_additive_mask(pairs):
+def test_a_step_does_not_depend_on_its_micro_batches_and_dummies_have_no_influence(groups):
+    model = set_kernel(RewardModel(tiny_classifier("llama")), SDPA_BY_TREE)
+    whole = collate(groups, MicroBatch(ROWS["one row"]), BY_TREE)
+    want = gradients(model, step_loss(*concatenated_forward(model, whole), whole))
+    for layout, budget, processes in ((BY_TREE, 60, 2), (PADDED, 1, 4)):
+        plans = plan_micro_batches(np.arange(5), groups.costs(layout), layout, budget, processes)
+        assert sum(mb.is_dummy for plan in plans for mb in plan) > 0
+        batches = [collate(groups, mb, layout) for plan in plans for mb in plan]
+        got = gradients(model, sum(step_loss(*concatenated_forward(model, b), b) for b in batches))
+        for name, gradient in want.items():
+            torch.testing.assert_close(got[name], gradient, atol=2e-4, rtol=1e-4, msg=name)
+    dummy = collate(groups, MicroBatch([[2]], is_dummy=True), BY_TREE)
+    got = gradients(model, step_loss(*concatenated_forward(model, dummy), dummy))
+    assert all((gradient == 0).all() for gradient in got.values())
+
+
+def test_eager_attention_takes_the_additive_mask(groups):
     model = RewardModel(tiny_classifier("llama"))
-    batch = collate(pairs, MicroBatch(ROWS["three rows"]), "shared_prefix", PAD)
-    expected = score_batch(model, batch)
-    model.bare.set_attn_implementation("eager")
-    torch.testing.assert_close(score_batch(model, batch), expected, atol=1e-5, rtol=1e-5)
+    batch = collate(groups, MicroBatch(ROWS["three rows"]), PACKED)
+    expected = score_batch(set_kernel(model, "sdpa"), batch)
+    torch.testing.assert_close(score_batch(set_kernel(model, "eager"), batch), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_encoders_run_concatenated(kind, pairs):
+def test_encoders_run_concatenated(kind, groups):
     classifier = tiny_classifier(kind)
-    model = RewardModel(classifier)
-    chosen, rejected = one_by_one(classifier, pairs)
-    batch = collate(pairs, MicroBatch([[i] for i in range(6)]), "concatenated", PAD)
-    got = concatenated_forward(model, batch)
-    torch.testing.assert_close(got[0], chosen, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got[1], rejected, atol=1e-5, rtol=1e-5)
+    batch = collate(groups, MicroBatch([[i] for i in range(5)]), PADDED)
+    got = score_batch(RewardModel(classifier), batch)
+    torch.testing.assert_close(got, plain_rewards(classifier, groups), atol=1e-5, rtol=1e-5)
 
 
-def test_padding_does_not_change_a_reward(pairs):
-    model = RewardModel(tiny_classifier("llama"))
-    long = random_pairs(1, seed=1, max_prefix=0, max_suffix=9)
-    for layout in ("concatenated", "shared_prefix"):
-        alone = concatenated_forward(model, collate(pairs, MicroBatch([[3]]), layout, PAD))
-        beside = concatenated_forward(model, collate(pairs, MicroBatch([[3], [0], [1], [2]]), layout, PAD))
-        torch.testing.assert_close(alone[0], beside[0][:1], atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(alone[1], beside[1][:1], atol=1e-6, rtol=1e-6)
-    assert len(long) == 1
-
-
-@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
-def test_any_number_of_branches(layout):
-    """Trees of 1, 3 and 2 branches, one without a prefix: rewards in tree order equal the sequences alone."""
-    classifier = tiny_classifier("qwen3")
-    rng = np.random.default_rng(0)
-    trees = [
-        Tree(rng.integers(3, 64, p), [rng.integers(3, 64, n) for n in ns])
-        for p, ns in ((5, [4]), (0, [2, 7, 3]), (8, [1, 1]))
-    ]
-    tensors = collate_trees([[trees[0], trees[1]], [trees[2]]], layout, PAD)
-    empty = torch.zeros(0)
-    rewards = score_batch(RewardModel(classifier), Batch(**tensors, margin_B=empty, weight_B=empty, index_B=empty))
-    alone = [classifier(input_ids=torch.tensor(s)[None]).logits[0, 0] for tree in trees for s in tree.sequences()]
-    torch.testing.assert_close(rewards, torch.stack(alone), atol=1e-5, rtol=1e-5)
+def test_the_first_of_several_outputs_is_the_reward(groups):
+    model = RewardModel(tiny_classifier("llama", num_labels=3))
+    batch = collate(groups, MicroBatch(ROWS["one row"]), PACKED)
+    outputs_NK = forward_batch(set_kernel(model, "sdpa"), batch)
+    assert outputs_NK.shape == (16, 3) and outputs_NK.dtype == torch.float32
+    assert torch.equal(score_batch(model, batch), outputs_NK[:, 0])
+    chosen_C, rejected_C = concatenated_forward(model, batch)
+    assert torch.equal(chosen_C, outputs_NK[batch.chosen_C, 0]) and rejected_C.shape == (10,)
 
 
 def test_mask_by_hand():
-    """Tree 0 is [p p | a | b b], then one padding token."""
-    tree = torch.tensor([[0, 0, 0, 0, 0, -1]])
-    branch = torch.tensor([[0, 0, 1, 2, 2, 0]])
-    position = torch.tensor([[0, 1, 2, 2, 3, 0]])
+    """Tree 0 is [p p | a | b b], then one padding token; also under a sliding window of 2 positions."""
+    trees = [preference_data([[[3, 4, 5], [3, 4, 6, 7]]]).trees([0])[0], preference_data([[[3] * 6]]).trees([0])[0]]
+    batch = collate_trees(trees, MicroBatch([[0], [1]]), PACKED)
     expected = [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -127,113 +155,125 @@ def test_mask_by_hand():
         [0, 0, 0, 0, 0, 1],
     ]
 
-    def mask(window=None):
-        return dense_mask(shared_prefix_rule(tree, branch, position, window), 1, 6, tree.device)[0, 0].int().tolist()
+    def mask(kind: str, **options) -> list[list[int]]:
+        config = tiny_classifier(kind, attn_implementation="sdpa", **options).config
+        return attention_mask(config, batch, torch.float32)[0, 0].int().tolist()
 
-    assert mask() == expected
+    assert mask("llama") == expected
     expected[2][0] = expected[3][0] = 0  # position 2 - position 0 = 2 is outside a window of 2
     expected[4][0] = expected[4][1] = 0
-    assert mask(window=2) == expected
+    assert mask("mistral", sliding_window=2) == expected
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CAUSAL if kind != "gpt2"])  # transformers' GPT-2 has no flex kernel
-def test_flex_attention_sees_what_the_dense_mask_shows(kind, pairs, monkeypatch):
-    """Forward only: the kernel has no backward pass on a CPU. Its reference implementation, not the compiled one."""
-    from torch.nn.attention.flex_attention import flex_attention
-    from transformers.integrations import flex_attention as kernel
-
-    monkeypatch.setattr(kernel, "WrappedFlexAttention", lambda training: lambda: flex_attention)
-    model = RewardModel(tiny_classifier(kind))
-    for rows in ROWS.values():
-        batch = collate(pairs, MicroBatch(rows), "shared_prefix", PAD)
-        expected = score_batch(model, batch)
-        dense = attention_mask(model.config, batch, torch.float32)
-        model.bare.set_attn_implementation("flex_attention")
-        blocks = attention_mask(model.config, batch, torch.float32)
-        with torch.no_grad():
-            torch.testing.assert_close(score_batch(model, batch), expected, atol=1e-5, rtol=1e-5)
-        model.bare.set_attn_implementation("sdpa")
-        for one, other in zip(*(m.values() if isinstance(m, dict) else [m] for m in (dense, blocks)), strict=True):
-            length = one.shape[-1]
-            shown = torch.stack(
-                [
-                    other.mask_mod(torch.tensor(r), None, torch.arange(length)[:, None], torch.arange(length))
-                    for r in range(len(one))
-                ]
-            )
-            assert torch.equal(shown, one[:, 0])
-
-
-def test_attention_tree_by_tree_is_float32_and_falls_back(pairs, monkeypatch):
-    """Under autocast the kernel gets float32; a model that hands no trees on is run with the dense mask."""
+def test_attention_by_tree_is_float32_and_per_tree(groups, monkeypatch):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    model = RewardModel(tiny_classifier("llama"))
-    model.bare.set_attn_implementation(SDPA_BY_TREE)
-    seen = []
+    model, seen = set_kernel(RewardModel(tiny_classifier("llama")), SDPA_BY_TREE), []
 
     def spy(module, query, key, value, mask, **options):
         seen.append((query.dtype, query.shape[2], mask.shape[2:]))
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
     monkeypatch.setattr("rm.model.attention.sdpa_attention_forward", spy)
-    batch = collate(pairs, MicroBatch([[0, 1]]), "shared_prefix", PAD)
+    batch = collate(groups, MicroBatch([[0, 1]]), BY_TREE)
     with torch.autocast("cpu", torch.bfloat16):
         score_batch(model, batch)
     assert seen == [(torch.float32, n, (n, n)) for n in batch.tree_lengths] * 2  # two layers
-    forward = type(model.bare.model).forward
-    monkeypatch.setattr(type(model.bare.model), "forward", lambda self, tree_lengths=None, **k: forward(self, **k))
-    layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, torch.device("cpu"))
-    assert layout == "shared_prefix" and model.config._attn_implementation == "sdpa", reason
 
 
-def test_padding_to_whole_blocks_is_a_piece_of_its_own(pairs):
-    """A row of 30 tokens or so, padded to 64: the rewards stay, and the padding is the last piece of `tree_lengths`."""
-    model = RewardModel(tiny_classifier("llama"))
-    model.bare.set_attn_implementation(SDPA_BY_TREE)
-    exact = collate(pairs, MicroBatch([[1, 2, 3]]), "shared_prefix", PAD)
-    padded = collate(pairs, MicroBatch([[1, 2, 3]], pad_to_multiple_of=64), "shared_prefix", PAD)
-    width = exact.input_ids_RL.shape[1]
-    assert padded.input_ids_RL.shape == (1, 64 * -(-width // 64)) and sum(exact.tree_lengths) == width
-    assert padded.tree_lengths == [*exact.tree_lengths, padded.input_ids_RL.shape[1] - width]
-    torch.testing.assert_close(score_batch(model, padded), score_batch(model, exact), atol=1e-6, rtol=1e-6)
+# ---------------------------------------------------------------- which layout
 
 
-def test_flex_attention_skips_blocks_between_trees():
-    """Four pairs of 256 tokens in one row: only blocks on the diagonal and below it, in a pair, are computed."""
-    rng = np.random.default_rng(0)
-    trees = [Tree(rng.integers(3, 64, 128), [rng.integers(3, 64, 64), rng.integers(3, 64, 64)]) for _ in range(4)]
-    empty = torch.zeros(0)
-    batch = Batch(**collate_trees([trees], "shared_prefix", PAD), margin_B=empty, weight_B=empty, index_B=empty)
-    config = tiny_classifier("llama").config
-    config._attn_implementation = "flex_attention"
-    blocks = attention_mask(config, batch, torch.float32)
-    assert blocks.to_dense()[0, 0].int().tolist() == [
-        [int(i // 2 == j // 2 and j <= i) for j in range(8)] for i in range(8)
-    ]
+def test_auto_is_shared_prefix_where_it_is_verified(pairs, groups):
+    model = set_kernel(RewardModel(tiny_classifier("llama")), SDPA_BY_TREE)
+    for data, count in ((pairs, 4), (groups, 4), (random_pairs(1), 1)):
+        layout = choose_layout("auto", model, data, PAD)
+        assert (layout.name, layout.by_tree) == ("shared_prefix", True)
+        assert layout.reason.startswith(f"verified: rewards of {count} prompts agree to ")
+    assert choose_layout("concatenated", model, pairs, PAD) == PADDED
+
+
+def test_a_model_that_does_not_pass_the_trees_on(pairs, monkeypatch):
+    model = set_kernel(RewardModel(tiny_classifier("llama")), SDPA_BY_TREE)
+    backbone = unwrapped(model.classifier).base_model
+    forward = type(backbone).forward
+
+    def without_trees(self, input_ids, attention_mask, position_ids=None, use_cache=False, tree_lengths=None):
+        return forward(self, input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+    monkeypatch.setattr(type(backbone), "forward", without_trees)
+    layout = choose_layout("auto", model, pairs, PAD)
+    assert (layout.name, layout.by_tree, model.config._attn_implementation) == ("shared_prefix", False, "sdpa")
 
 
 def test_a_wrong_mask_is_noticed(pairs, monkeypatch):
-    """auto falls back when packed rewards differ; shared_prefix, asked for by name, is an error."""
+    """auto falls back where packed rewards differ; shared_prefix, given by name, is an error."""
+    model = set_kernel(RewardModel(tiny_classifier("llama")), "sdpa")
+    seen = torch.ones(200, 200, dtype=torch.bool).tril()
+
+    def causal(config, batch, dtype):
+        length = batch.input_ids_RL.shape[1]
+        return seen[None, None, :length, :length] if batch.is_packed else attention_mask(config, batch, dtype)
+
+    monkeypatch.setattr("rm.forward.attention_mask", causal)
+    layout = choose_layout("auto", model, pairs, PAD)
+    assert layout.name == "concatenated" and layout.reason.startswith("rewards of 4 prompts differ by ")
+    with pytest.raises(InputError, match="^layout=shared_prefix: rewards of 4 prompts differ by .*; use layout=auto"):
+        choose_layout("shared_prefix", model, pairs, PAD)
+
+
+def test_an_error_of_the_model_is_not_hidden(pairs, monkeypatch):
     model = RewardModel(tiny_classifier("llama"))
-    device = torch.device("cpu")
-    layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, device)
-    assert layout == "shared_prefix" and "proved" in reason
-    monkeypatch.setattr(
-        "rm.model.attention.shared_prefix_rule",
-        lambda tree, branch, position, window=None: lambda row, head, query, key: (key <= query) & (row >= 0),
-    )
-    layout, reason = resolve_layout("auto", model, pairs, [0, 1, 2], PAD, device)
-    assert layout == "concatenated" and "differ by" in reason
-    with pytest.raises(ValueError, match="layout=shared_prefix: rewards of 3 pairs differ"):
-        resolve_layout("shared_prefix", model, pairs, [0, 1, 2], PAD, device)
+    monkeypatch.setattr(model, "forward", lambda **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        choose_layout("auto", model, pairs, PAD)
 
 
-def test_auto_falls_back_with_the_reason(pairs):
-    device = torch.device("cpu")
-    bert = RewardModel(tiny_classifier("bert"))
-    assert resolve_layout("auto", bert, pairs, [0], PAD, device)[1].startswith("the model is an encoder")
-    llama = RewardModel(tiny_classifier("llama"))
-    llama.config._attn_implementation = "flash_attention_2"
-    layout, reason = resolve_layout("auto", llama, pairs, [0], PAD, device)
-    assert layout == "concatenated" and "takes no mask for each query" in reason
+@pytest.mark.parametrize(("kind", "kernel", "reason"), [
+    ("bert", "eager", "the model is an encoder: every token sees the whole sequence"),
+    ("llama", "flash_attention_2", "attn_implementation flash_attention_2 takes no mask for each query"),
+])  # fmt: skip
+def test_models_that_do_not_support_packed_rows(pairs, kind, kernel, reason):
+    model = RewardModel(tiny_classifier(kind))
+    model.config._attn_implementation = kernel
+    assert choose_layout("auto", model, pairs, PAD) == Layout("concatenated", PAD, reason=reason)
+    with pytest.raises(InputError, match=f"^layout=shared_prefix: {reason}; use layout=auto or concatenated$"):
+        choose_layout("shared_prefix", model, pairs, PAD)
+
+
+# ---------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize("layout", [BY_TREE, PACKED, PADDED], ids=["by_tree", "packed", "padded"])
+def test_score_prompts(groups, layout):
+    """In the order of the data, whatever the micro-batches; the same bits for trees in memory."""
+    classifier = tiny_classifier("qwen3")
+    model = set_kernel(RewardModel(classifier), SDPA_BY_TREE if layout.by_tree else "sdpa").train()
+    expected = plain_rewards(classifier.eval(), groups).detach().numpy()
+    model.train()
+    for budget in (1, 40, 1000):
+        scored = score_prompts(model, groups, layout, budget)
+        assert [(r.dtype, len(r)) for r in scored] == [(np.float64, n) for n in (2, 3, 6, 2, 3)]
+        np.testing.assert_allclose(np.concatenate(scored), expected, atol=1e-5)
+        trees = TreeList(groups.trees(range(5)))
+        assert trees.costs(layout).tolist() == groups.costs(layout).tolist()
+        again = score_prompts(model, trees, layout, budget)
+        assert np.array_equal(np.concatenate(again), np.concatenate(scored))
+    assert model.training and score_prompts(model, TreeList([]), layout, 9) == []
+
+
+@pytest.mark.parametrize("layout", [BY_TREE, PACKED, PADDED], ids=["by_tree", "packed", "padded"])
+def test_score_tokens(groups, layout):
+    """The value at a token is the reward of the sequence that ends there; the last one is the reward."""
+    model = set_kernel(RewardModel(tiny_classifier("gemma3_text")), SDPA_BY_TREE if layout.by_tree else "sdpa")
+    values = score_prompts(model, groups, layout, 100, every_token=True)
+    last = []
+    for tree, flat in zip(groups.trees(range(5)), values, strict=True):
+        ends = np.cumsum(list(map(len, tree.sequences())))
+        last += flat[ends - 1].tolist()
+        for ids, along in zip(tree.sequences(), np.split(flat, ends[:-1]), strict=True):
+            cut = preference_data([[ids[:n].tolist()] for n in range(1, len(ids) + 1)])
+            expected = plain_rewards(model.classifier, cut).detach().numpy()
+            assert along.dtype == np.float64
+            np.testing.assert_allclose(along, expected, atol=1e-5)
+    np.testing.assert_allclose(last, np.concatenate(score_prompts(model, groups, layout, 100)), atol=1e-5)

@@ -1,4 +1,4 @@
-"""The loss by hand: values, gradients, extremes, shapes."""
+"""The loss by hand: values, soft labels, gradients, extremes, shapes."""
 
 import math
 
@@ -8,37 +8,44 @@ import torch
 from rm.loss import pairwise_loss
 
 
-def test_bradley_terry_by_hand():
-    chosen, rejected = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.0, 1.0])
-    # -log(1 / (1 + e^-d)) for d = 1, 0, -2
-    expected = [math.log1p(math.exp(-1)), math.log(2), math.log1p(math.exp(2))]
-    torch.testing.assert_close(pairwise_loss(chosen, rejected), torch.tensor(expected))
+def right(difference: float) -> float:
+    """-log sigmoid(difference)"""
+    return math.log1p(math.exp(-difference))
 
 
-def test_margin_moves_the_difference():
-    chosen, rejected, margin = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, -0.5])
-    expected = [math.log(2), math.log1p(math.exp(-3.5))]  # differences 1 - 1 and 3 + 0.5
-    torch.testing.assert_close(pairwise_loss(chosen, rejected, margin), torch.tensor(expected))
+def losses(chosen: list[float], rejected: list[float], *columns: list[float], **options) -> list[float]:
+    return pairwise_loss(*(torch.tensor(values) for values in (chosen, rejected, *columns)), **options).tolist()
+
+
+def test_bradley_terry_with_a_margin_by_hand():
+    assert losses([2.0, 0.0, -1.0], [1.0, 0.0, 1.0]) == pytest.approx([right(1), math.log(2), right(-2)])
+    assert losses([2.0, 3.0], [1.0, 0.0], [1.0, -0.5]) == pytest.approx([math.log(2), right(3.5)])
+    assert losses([3.0], [0.0])[0] < 0.05 and losses([0.0], [3.0])[0] > 3  # the labels are not the other way round
 
 
 def test_centering_adds_the_square_of_the_sum():
-    chosen, rejected = torch.tensor([2.0, -1.0]), torch.tensor([1.0, -1.0])
-    plain = pairwise_loss(chosen, rejected)
-    centred = pairwise_loss(chosen, rejected, center_rewards_coefficient=0.01)
-    torch.testing.assert_close(centred - plain, torch.tensor([0.09, 0.04]))
+    added = [0.01 * 9 + right(1), 0.01 * 4 + math.log(2)]
+    assert losses([2.0, -1.0], [1.0, -1.0], center_rewards_coefficient=0.01) == pytest.approx(added)
 
 
-def test_label_smoothing_mixes_both_labels():
-    chosen, rejected = torch.tensor([1.5]), torch.tensor([0.0])
-    right, wrong = math.log1p(math.exp(-1.5)), math.log1p(math.exp(1.5))
-    torch.testing.assert_close(
-        pairwise_loss(chosen, rejected, label_smoothing=0.1), torch.tensor([0.9 * right + 0.1 * wrong])
-    )
+def test_soft_labels_and_smoothing_mix_both_labels():
+    """z = 1.5 - 0 - 0.5 = 1; p' = (1 - s) p + s (1 - p)."""
+    chosen, rejected, margin = [1.5] * 4, [0.0] * 4, [0.5] * 4
+    mixed = [p * right(1) + (1 - p) * right(-1) for p in (1.0, 0.75, 0.5, 0.0)]
+    assert losses(chosen, rejected, margin, [1.0, 0.75, 0.5, 0.0]) == pytest.approx(mixed)
+    smooth = [p * right(1) + (1 - p) * right(-1) for p in (0.9, 0.7, 0.5, 0.1)]
+    assert losses(chosen, rejected, margin, [1.0, 0.75, 0.5, 0.0], label_smoothing=0.1) == pytest.approx(smooth)
+    assert losses([1.5], [0.0], label_smoothing=0.1) == pytest.approx([0.9 * right(1.5) + 0.1 * right(-1.5)])
 
 
-def test_swapping_the_labels_is_not_the_same_loss():
-    assert pairwise_loss(torch.tensor([3.0]), torch.tensor([0.0])) < 0.05
-    assert pairwise_loss(torch.tensor([0.0]), torch.tensor([3.0])) > 3
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+def test_hard_labels_have_the_same_bits_as_no_labels(smoothing):
+    torch.manual_seed(0)
+    chosen, rejected, margin = 3 * torch.randn(3, 1000)
+    options = {"center_rewards_coefficient": 0.01, "label_smoothing": smoothing}
+    hard = pairwise_loss(chosen, rejected, margin, torch.ones(1000), **options)
+    assert torch.equal(hard, pairwise_loss(chosen, rejected, margin, **options))
+    assert torch.equal(hard, pairwise_loss(chosen, rejected, margin, None, **options))
 
 
 def test_extremes_do_not_overflow():
@@ -47,20 +54,22 @@ def test_extremes_do_not_overflow():
     torch.testing.assert_close(loss, torch.tensor([0.0, 2e4]))
     loss.sum().backward()
     torch.testing.assert_close(rewards.grad, torch.tensor([0.0, -2.0]))
+    soft = losses([1e4, -1e4], [-1e4, 1e4], [0.0, 0.0], [0.75, 0.75], label_smoothing=0.1)
+    assert soft == pytest.approx([0.3 * 2e4, 0.7 * 2e4])
 
 
 def test_gradcheck():
     torch.manual_seed(0)
-    chosen, rejected, margin = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    torch.autograd.gradcheck(
-        lambda c, r, m: pairwise_loss(c, r, m, center_rewards_coefficient=0.3, label_smoothing=0.2),
-        (chosen, rejected, margin),
-    )
+    inputs = tuple(torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    options = {"center_rewards_coefficient": 0.3, "label_smoothing": 0.2}
+    p = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *values: pairwise_loss(*values, **options), (*inputs, p))
 
 
-@pytest.mark.parametrize(
-    "shapes", [((3, 1), (3, 1), (3,)), ((3,), (3,), (3, 1)), ((3,), (3, 1), (3,)), ((3,), (3,), (1,)), ((), (), ())]
-)
+@pytest.mark.parametrize("shapes", [
+    ((3, 1), (3, 1), (3,)), ((3,), (3,), (3, 1)), ((3,), (3, 1), (3,)), ((3,), (3,), (1,)), ((), (), ()),
+    ((3,), (3,), (3,), (3, 1)), ((3,), (3,), (3,), (1,)), ((3, 1), (3, 1)),
+])  # fmt: skip
 def test_shapes_are_enforced(shapes):
-    with pytest.raises(ValueError, match=r"shape \[B\]"):
+    with pytest.raises(ValueError, match=r"must both have shape \[C\], got \("):
         pairwise_loss(*(torch.zeros(shape) for shape in shapes))

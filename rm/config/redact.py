@@ -1,4 +1,4 @@
-"""Configs, command lines and texts without the secrets in them: whatever is written, shown or uploaded goes by here."""
+"""Configs, command lines and texts without the secrets in them, for whatever is written, shown or uploaded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 HIDDEN = "[redacted]"
 SECRET_NAMES = {"token", "key", "apikey", "secret", "password", "passwd", "passphrase", "credential", "credentials"}
-TOKEN_KINDS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image"}  # eos_token is no secret
+TOKEN_KINDS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image"}  # eos_token is not a secret
 COMMIT_NAMES = {"revision", "commit", "sha", "hash", "fingerprint"}  # 40 hexadecimal digits, but not an old W&B key
 OLD_WANDB_KEY = r"\b[0-9a-f]{40}\b"
 SECRET_VALUES = r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v\d_\w{20,}|(?<=://)[^/\s'\"]+(?=@)"  # the last: user:password@
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """A copy of `value` (a config) without secrets, at any depth; `name` is what it is called.
+    """A copy of `value` without secrets, at any depth; `name` is the name of the value.
 
     Hidden are texts and collections under a name with a word such as token, key, secret or password (`hub_token`,
     `apiKey`; not `eos_token`, not `micro_batch_tokens`), and hub tokens, W&B keys and `user:password@` in any text.
@@ -36,35 +36,35 @@ def redact(value: Any, name: str = "") -> Any:
 
 
 def redact_arguments(argv: list[str]) -> list[str]:
-    """A command line without secrets: `--key=value`, `key=value` and `--key value` are hidden as `redact` does it."""
+    """A command line without secrets in `--key=value`, `key=value` and `--key value`, also inside dicts and lists."""
     hidden, name = [], ""
     for argument in argv:
+        if not argument.startswith("--"):
+            argument = _redact_argument(argument, name)  # the value of the option before it, if that had none
         key, equals, value = argument.partition("=")
-        if argument.startswith("--"):
-            name = key
-            argument = redact(key) + equals + _redact_literal(value, key)
-        else:
-            argument = redact(argument, name)  # `value` of the option before it, if it had none
-            key, equals, value = argument.partition("=")
-            argument = key + equals + _redact_literal(value, key) if equals else _redact_literal(argument, name)
-        hidden.append(argument)
+        name = key if argument.startswith("--") else name
+        hidden.append(redact(key) + equals + _redact_argument(value, key))
     return hidden
 
 
-def _redact_literal(text: str, name: str) -> str:
-    """`text` redacted; if it is a dict or a list, as the command line takes them, by the names inside of it."""
+def _redact_argument(text: str, name: str) -> str:
+    value = read_literal(text)
+    if isinstance(value, (dict, list)) and (hidden := redact(value, name)) != value:
+        return str(hidden)
+    return redact(text, name)
+
+
+def read_literal(text: str) -> Any:
+    """The value of a text in JSON ("true") or Python ("True"); the text if it is neither. Tuples become lists."""
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(value, (dict, list, tuple)):
-            hidden = redact(value, name)
-            same = json.dumps(hidden, default=str) == json.dumps(value, default=str)
-            return text if same else hidden if hidden == HIDDEN else json.dumps(hidden, default=str)
-    return redact(text, name)
+        return list(value) if isinstance(value, tuple) else value
+    return text
 
 
 def safe_line(message: str) -> str:
-    """`message` for a terminal: one line without secrets, and without what moves the cursor or changes colours."""
+    """`message` for a terminal: one line without secrets, and without characters that move the cursor or set colors."""
     return redact("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))

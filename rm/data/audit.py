@@ -1,80 +1,77 @@
-"""What became of every pair: counts by vectorised comparison of token hashes, a table and a report of them.
+"""What became of every comparison: counts by vectorised comparison of token hashes; a table and a report of them.
 
-A pair is known here by two int64 hashes, of the chosen and of the rejected token ids, each of length N (pairs).
+A comparison is known here by two int64 hashes: of the chosen and of the rejected token sequence.
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-KEPT, EMPTY, IDENTICAL, OVER_LENGTH = range(4)  # the status of a row, one of these
-DROPPED = {"empty": EMPTY, "identical": IDENTICAL, "over_length": OVER_LENGTH}
+from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
+
+DROPPED = ("over_length", "empty", "identical")  # the reasons for which a comparison is dropped
 
 MEANING = {  # the counts, in the order of the table
     "weight": "passes over the data set in an epoch",
     "total": "pairs read",
     "over_length": "dropped: longer than max_length",
     "empty": "dropped: a blank answer, or no tokens",
-    "identical": "dropped: chosen and rejected are the same tokens",
+    "identical": "dropped: chosen and rejected have the same tokens",
     "kept": "pairs used",
     "drawn": "pairs in an epoch, by the weight",
-    "truncated": "kept, with the start of the prompt cut",
-    "duplicate": "kept, though the same pair came before",
-    "contradictory": "kept, though the same two answers also come with the opposite label",
-    "in_train": "kept, though the train set has the same two answers",
+    "truncated": "kept, with the start of the prompt removed",
+    "duplicate": "kept, although the same pair came before",
+    "contradictory": "kept, although the same two answers also come with the opposite label",
+    "in_train": "kept, although the train set has the same two answers",
     "mean_tokens": "tokens in a sequence, mean",
     "max_tokens": "tokens in a sequence, longest",
-    "mean_shared_prefix": "tokens that chosen and rejected share, mean",
+    "mean_shared_prefix": "tokens that the answers of a prompt share, mean",
 }
 
 
 def pair_keys(chosen_hash: np.ndarray, rejected_hash: np.ndarray) -> np.ndarray:
-    """One uint64 a pair, different for (a, b) and (b, a)."""
+    """One uint64 per comparison, different for (a, b) and (b, a)."""
     return chosen_hash.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + rejected_hash.view(np.uint64)
 
 
 def unordered_keys(chosen_hash: np.ndarray, rejected_hash: np.ndarray) -> np.ndarray:
-    """One uint64 a pair, the same for (a, b) and (b, a)."""
+    """One uint64 per comparison, the same for (a, b) and (b, a)."""
     return pair_keys(np.minimum(chosen_hash, rejected_hash), np.maximum(chosen_hash, rejected_hash))
 
 
-def audit_counts(columns: dict[str, np.ndarray]) -> dict[str, int | float]:
-    """The counts of `MEANING` but `in_train`, from the columns of all rows, dropped ones included."""
-    status = columns["status"]
-    kept = status == KEPT
-    chosen, rejected = columns["hash_chosen"][kept], columns["hash_rejected"][kept]
-    lengths = np.concatenate([columns["length_chosen"][kept], columns["length_rejected"][kept]])
-    counts = {"total": len(status)}
-    counts |= {name: int((status == code).sum()) for name, code in DROPPED.items()}
-    counts["kept"] = len(chosen)
-    counts["truncated"] = int(columns["truncated"][kept].sum())
-    counts |= _repeats(chosen, rejected)
+def audit_counts(arrays: dict[str, np.ndarray], dropped: dict[str, int]) -> dict[str, int | float]:
+    """The counts of `MEANING` but `in_train`: of the kept rows' arrays (`arrays_of`) and the dropped comparisons."""
+    kept, lengths = len(arrays["hash_chosen"]), arrays["length"]
+    counts = {"total": kept + sum(dropped.values()), **dropped, "kept": kept}
+    counts["truncated"] = int(arrays["truncated"].sum())
+    counts |= _repeats(arrays)
     counts["mean_tokens"] = round(float(lengths.mean()), 2) if len(lengths) else 0.0
     counts["max_tokens"] = int(lengths.max(initial=0))
-    counts["mean_shared_prefix"] = round(float(columns["prefix_length"][kept].mean()), 2) if len(chosen) else 0.0
+    counts["mean_shared_prefix"] = round(float(arrays["prefix_length"].mean()), 2) if len(lengths) else 0.0
     return counts
 
 
-def pooled_counts(audits: list[dict], hashes: dict[str, np.ndarray]) -> dict[str, int | float]:
-    """The counts of several data sets together; repeated pairs are found across them too, by all kept pairs' hashes."""
+def pooled_counts(audits: list[dict], arrays: dict[str, np.ndarray]) -> dict[str, int | float]:
+    """The counts of several data sets together; repeated pairs are found across them too."""
     counts = {name: sum(audit[name] for audit in audits) for name in ("total", *DROPPED, "kept", "truncated")}
-    counts |= _repeats(hashes["hash_chosen"], hashes["hash_rejected"])
+    counts |= _repeats(arrays)
     counts["max_tokens"] = max(audit["max_tokens"] for audit in audits)
     for name in ("mean_tokens", "mean_shared_prefix"):
         counts[name] = round(sum(audit[name] * audit["kept"] for audit in audits) / counts["kept"], 2)
     return counts
 
 
-def _repeats(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, int]:
-    keys = pair_keys(chosen, rejected)
-    contradictory = _count_found(pair_keys(rejected, chosen), keys)
+def _repeats(arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    keys = pair_keys(arrays["hash_chosen"], arrays["hash_rejected"])
+    contradictory = _count_found(pair_keys(arrays["hash_rejected"], arrays["hash_chosen"]), keys)
     return {"duplicate": int((np.diff(np.sort(keys)) == 0).sum()), "contradictory": contradictory}
 
 
 def count_in_train(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> int:
-    """Number of test pairs whose two answers are a pair of the train set, whatever their labels."""
+    """Number of test comparisons whose two answers are compared in the train set, with whatever label."""
     known = unordered_keys(train["hash_chosen"], train["hash_rejected"])
     return _count_found(unordered_keys(test["hash_chosen"], test["hash_rejected"]), known)
 
@@ -86,24 +83,26 @@ def _count_found(keys: np.ndarray, known: np.ndarray) -> int:
     return int((known[np.minimum(places, len(known) - 1)] == keys).sum()) if len(known) else 0
 
 
-def fingerprint(columns: dict[str, np.ndarray]) -> str:
-    """sha256 of the kept pairs' token hashes and margins, in order; the same on every machine."""
+def fingerprint(arrays: dict[str, np.ndarray]) -> str:
+    """sha256 of the kept prompts, comparisons (by token hashes) and registered columns; the same on every machine."""
     digest = hashlib.sha256()
-    for name, dtype in (("hash_chosen", "<i8"), ("hash_rejected", "<i8"), ("margin", "<f4")):
-        digest.update(np.ascontiguousarray(columns[name], dtype=dtype))
+    for name in ("num_answers", "num_comparisons", "hash_chosen", "hash_rejected"):
+        digest.update(np.ascontiguousarray(arrays[name], dtype="<i8"))
+    for name in (*COMPARISON_COLUMNS, *ANSWER_COLUMNS):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name], dtype="<f4").tobytes())
     return digest.hexdigest()
 
 
-def audit_table(train, test) -> Table | Group:
-    """The counts of two `PairSets` as a small rich table, or as one for each if one of them has several sets, with a
-    column for each set and one for all. `train` may be None. Rows that are 0 everywhere are left out."""
+def audit_table(train: Any, test: Any) -> Table | Group:
+    """The counts of two `PreferenceData` as a small rich table, or one for each where one of them has several sets,
+    with a column for each set and one for all. `train` may be None. Rows that are 0 everywhere are left out."""
     splits = {"train": train, "test": test} if train is not None else {"test": test}
-    if not any(pairs.are_several for pairs in splits.values()):
-        return _table("Data audit", [(split, pairs.audit) for split, pairs in splits.items()])
+    if not any(data.are_several for data in splits.values()):
+        return _table("Data audit", [(split, data.audit) for split, data in splits.items()])
     tables = []
-    for split, pairs in splits.items():
-        columns = [(name, part.audit) for name, part in pairs.sets.items()]
-        tables.append(_table(f"Data audit: {split}", [*columns, ("all", pairs.audit)][: None if columns[1:] else 1]))
+    for split, data in splits.items():
+        columns = [(name, part.audit) for name, part in data.sets.items()]
+        tables.append(_table(f"Data audit: {split}", [*columns, ("all", data.audit)][: None if columns[1:] else 1]))
     return Group(*tables)
 
 
@@ -124,17 +123,17 @@ def _cell(name: str, value: int | float) -> str:
     return f"{value:g}" if name == "weight" else f"{value:,.1f}" if "mean" in name else f"{value:,}"
 
 
-def data_report(train, test) -> dict:
+def data_report(train: Any, test: Any) -> dict:
     """The same for `data_report.json`: source, format, fingerprint and every count of each split, zeros included; of
     several sets under their names in "sets", after the counts of all of them."""
     splits = {"train": train, "test": test} if train is not None else {"test": test}
     report = {}
-    for split, pairs in splits.items():
-        sets = {
-            name: {"source": part.source, "format": part.format, "fingerprint": part.fingerprint, **part.audit}
-            for name, part in pairs.sets.items()
-        }
+    for split, data in splits.items():
+        sets = {}
+        for name, part in data.sets.items():
+            origin = {"source": part.source.name, "format": part.encoding.format, "fingerprint": part.fingerprint}
+            sets[name] = origin | part.audit
         names = {key: ", ".join(dict.fromkeys(part[key] for part in sets.values())) for key in ("source", "format")}
-        report[split] = names | {"fingerprint": pairs.fingerprint, **pairs.audit}
-        report[split] |= {"sets": sets} if pairs.are_several else {}
+        report[split] = names | {"fingerprint": data.fingerprint, **data.audit}
+        report[split] |= {"sets": sets} if data.are_several else {}
     return report

@@ -1,169 +1,158 @@
-"""Rows to tokens, batch by batch: render, encode, judge, cut to length.
-
-It runs in the workers of a `datasets` map.
-"""
+"""Examples to token ids, for training, evaluation and scoring: sequences, trees, truncation."""
 
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import xxhash
-from datasets import Features
 
-from rm.data.audit import EMPTY, IDENTICAL, KEPT, OVER_LENGTH
+from rm.data.formats import Encoding, Example, RowError
 from rm.data.load import one_line
-from rm.data.render import SIDES, Recipe, RowError, column_values, labels, numbers, render
-from rm.data.shared_start import encode_pairs
-
-PIECE = 250  # rows: while one piece is tokenized, on every core, the next one is rendered and the last one judged
+from rm.data.render import render
 
 
-def encode_batch(batch, rows: list[int], *, tokenizer, recipe: Recipe, features: Features) -> pa.Table:
-    """A table of `features` with one row for each row of `batch`, whose numbers are `rows`. Raises `RowError`."""
-    given = {name: numbers(batch, name, rows) for name in recipe.numbers}
-    out = {name: [] for name in features}
-    for pair in _tokens(batch, rows, tokenizer, recipe):
-        status, truncated, *ids = _judge(*pair, recipe, tokenizer.bos_token_id)
-        out["status"].append(status)
-        out["truncated"].append(truncated)
-        out["prefix_length"].append(shared_prefix_length(*ids))
-        for side, values in zip(SIDES, ids, strict=True):
-            out[f"input_ids_{side}"].append(values)
-            out[f"length_{side}"].append(len(values))
-            out[f"hash_{side}"].append(_hash(values))
-    for side in SIDES:
-        out[f"input_ids_{side}"] = _list_array(out[f"input_ids_{side}"])
-    out["row"] = rows
-    out["id"] = labels(batch, "id", rows) if "id" in batch else [str(row) for row in rows]
-    if "subset" in features:
-        out["subset"] = [name if name.strip() else "(empty)" for name in labels(batch, "subset", rows)]
-    if "true_margin" in features:
-        out["true_margin"] = given["true_margin"]
-    if "score_chosen" in given:
-        out["margin"] = (given["score_chosen"] - given["score_rejected"]).astype(np.float32)
-    else:
-        out["margin"] = given.get("margin", np.zeros(len(rows))).astype(np.float32)
-    return pa.table(out, schema=features.arrow_schema)
+@dataclass(frozen=True)
+class Tree:
+    """N token sequences with a common prefix: sequence n is `prefix + answers[n]`."""
+
+    prefix: np.ndarray
+    answers: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(map(len, self.answers))
+
+    def sequences(self) -> list[np.ndarray]:
+        return [np.concatenate([self.prefix, answer]) for answer in self.answers]
 
 
-def _tokens(batch, rows: list[int], tokenizer, recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """(chosen ids, rejected ids, whether an answer is blank) of every row."""
-    if recipe.format == "tokenized":
-        yield from (
-            (*ids, False) for ids in zip(*(_stored_ids(batch, rows, side, recipe) for side in SIDES), strict=True)
-        )
-        return
-    columns = {name: column_values(batch, name) for name in batch if name in recipe.read}
-    futures, blanks = [], []
-    with ThreadPoolExecutor(1) as pool:
-        for start in range(0, len(rows), PIECE):
-            piece = {name: values[start : start + PIECE] for name, values in columns.items()}
-            numbered = rows[start : start + PIECE]
-            texts, blank = render(piece, numbered, tokenizer, recipe)
-            futures.append(pool.submit(_encode, texts, numbered, tokenizer, recipe))
-            blanks.append(blank)
-        for future, blank in zip(futures, blanks, strict=True):
-            yield from zip(*future.result(), blank, strict=True)
+def make_tree(sequences: Sequence[np.ndarray]) -> Tree:
+    """The tree of N sequences: their common prefix once; each answer has at least one token."""
+    cut = shared_prefix_length(*sequences)
+    return Tree(sequences[0][:cut], [ids[cut:] for ids in sequences])
 
 
-# ---------------------------------------------------------------- what happens to a pair
+def encode_examples(
+    examples: Sequence[Example | RowError], tokenizer: Any, encoding: Encoding
+) -> list[list[np.ndarray] | RowError]:
+    """The N token sequences (int32) of each example, or what is wrong with it. No limit of length is applied.
+
+    Text is prompt + answer as one string with the tokenizer's special tokens, then EOS (`add_eos`). A conversation is
+    rendered as a whole by the chat template, which writes its own special tokens. Token ids are taken as they are.
+    """
+    found = [example.answers if isinstance(example, Example) else example for example in examples]
+    written = [i for i, e in enumerate(examples) if isinstance(e, Example) and e.kind != "tokens"]
+    for i, texts in zip(written, render([examples[i] for i in written], tokenizer), strict=True):
+        found[i] = texts
+    for kind in ("text", "conversation"):
+        places = [i for i in written if examples[i].kind == kind and isinstance(found[i], list)]
+        texts = [text for i in places for text in found[i]]
+        end = [tokenizer.eos_token_id] if kind == "text" and encoding.add_eos else []
+        ids = iter(_token_ids(texts, tokenizer, kind == "text", end))
+        for i in places:
+            sequences = [next(ids) for _ in found[i]]
+            found[i] = next((s for s in sequences if isinstance(s, RowError)), sequences)
+    return found
 
 
-def _judge(chosen: np.ndarray, rejected: np.ndarray, blank: bool, recipe: Recipe, bos: int | None) -> tuple:
-    """(status, truncated, chosen ids, rejected ids); a pair that is not kept has no ids: it is only counted."""
-    status, truncated = KEPT, False
-    longest = max(len(chosen), len(rejected))
-    if blank or not len(chosen) or not len(rejected):
-        status = EMPTY
-    elif np.array_equal(chosen, rejected):
-        status = IDENTICAL
-    elif longest > (recipe.max_length or math.inf) and recipe.overlength == "drop":
-        status = OVER_LENGTH
-    elif longest > (recipe.max_length or math.inf):
-        truncated = True
-        chosen, rejected = truncate_left((chosen, rejected), recipe.max_length, bos)
-        status = IDENTICAL if np.array_equal(chosen, rejected) else KEPT
-    if status != KEPT:
-        chosen = rejected = np.zeros(0, np.int32)
-    return status, truncated, chosen, rejected
+def _token_ids(texts: list[str], tokenizer: Any, add_special_tokens: bool, end: list[int | None]) -> list:
+    """The token ids of every text, then `end` unless they end with it (an empty text stays empty); or a `RowError`."""
+    if not texts:
+        return []
+    if end == [None]:
+        return [RowError("the tokenizer has no EOS token to append to text; set add_eos to false")] * len(texts)
+    try:
+        if hasattr(tokenizer, "backend_tokenizer"):  # without the offsets, which take a third of the time
+            tokenizer("")  # resets padding and truncation, which an earlier call may have set
+            encode = tokenizer.backend_tokenizer.encode_batch_fast
+            found = [encoding.ids for encoding in encode(texts, add_special_tokens=add_special_tokens)]
+        else:
+            found = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    except Exception as error:  # half of a surrogate pair, for example; the library does not say which text
+        if len(texts) == 1:
+            return [RowError(f"the tokenizer cannot read the text: {one_line(error)}")]
+        return [_token_ids([text], tokenizer, add_special_tokens, end)[0] for text in texts]
+    return [np.array(ids if not ids or not end or ids[-1:] == end else ids + end, np.int32) for ids in found]
 
 
 def shared_prefix_length(*sequences: np.ndarray) -> int:
-    """Number of equal leading tokens, at most so many that each sequence keeps one token of its own."""
+    """Number of equal leading tokens, such that each sequence keeps at least one token of its own."""
     limit = max(min(map(len, sequences)) - 1, 0)
     first, *others = (ids[:limit] for ids in sequences)
     differ = np.any([ids != first for ids in others], axis=0) if others else np.zeros(0, bool)
     return int(differ.argmax()) if differ.any() else limit
 
 
-def truncate_left(sequences: Sequence[np.ndarray], max_length: int, bos: int | None) -> tuple[np.ndarray, ...]:
-    """All sequences (the two of a pair) at most `max_length` tokens long, cut at the start, so that the answers stay.
+def truncate_left(sequences: Sequence[np.ndarray], max_length: int, bos: int | None) -> list[np.ndarray]:
+    """All sequences of a prompt at most `max_length` tokens long, cut at the start, so that the answers stay.
 
-    The same number of tokens of the shared prefix goes from all, enough for the longest: what is left of the prompt is
-    the same for all. Only where the prefix is used up, a sequence whose answer is still too long keeps its last tokens.
-    A BOS that all start with stays in front, since models lean on it.
+    The same number of tokens of the shared prefix is removed from all, enough for the longest: the rest of the prompt
+    is the same for all. Where the prefix is used up, a sequence that is still too long keeps its last tokens. A BOS
+    token that all start with stays in front.
     """
     keep = int(bos is not None and max_length > 1 and all(ids[0] == bos for ids in sequences))
     spare = max(shared_prefix_length(*sequences) - keep, 0)
     start = keep + min(spare, max(map(len, sequences)) - max_length)
-    return tuple(np.concatenate([ids[:keep], ids[start:][keep - max_length :]]) for ids in sequences)
+    return [np.concatenate([ids[:keep], ids[start:][keep - max_length :]]) for ids in sequences]
 
 
-def _hash(ids: np.ndarray) -> int:
-    """A signed 64-bit hash of int32 token ids, the same on every machine."""
-    return xxhash.xxh64_intdigest(ids.astype("<i4", copy=False).tobytes()) - (1 << 63)
+@dataclass
+class Usable:
+    """What is left of an example: its tree (None: nothing), and what was dropped.
+
+    answers: the kept answers, as indices into the example's; comparisons: (chosen, rejected) as indices into the kept
+    answers; kept: the kept comparisons, as indices into the example's. dropped: comparisons by reason.
+    """
+
+    tree: Tree | None
+    answers: list[int]
+    comparisons: list[tuple[int, int]]
+    kept: list[int]
+    dropped: dict[str, int]
+    truncated: bool = False
 
 
-def _list_array(sequences: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(sequences))
+def usable_part(
+    sequences: list[np.ndarray],
+    blank: Sequence[bool],
+    comparisons: list[tuple[int, int]],
+    encoding: Encoding,
+    bos: int | None,
+) -> Usable:
+    """Drop empty, over-length and repeated answers with their comparisons; or truncate (`overlength`).
+
+    A comparison is dropped as "empty" (a blank answer, or one without tokens), "identical" (both answers have the same
+    tokens) or "over_length". Answers with the same tokens are one answer.
+    """
+    limit = encoding.max_length or math.inf
+    is_empty = [no_text or not len(ids) for no_text, ids in zip(blank, sequences, strict=True)]
+    is_long = [len(ids) > limit for ids in sequences]
+    truncated = encoding.overlength == "truncate_left" and any(is_long)
+    if truncated:
+        present = [n for n in range(len(sequences)) if not is_empty[n]]
+        for n, ids in zip(present, truncate_left([sequences[n] for n in present], int(limit), bos), strict=True):
+            sequences[n] = ids
+        is_long = [False] * len(sequences)
+    same = _first_of_equal(sequences)
+    dropped, kept = {"empty": 0, "identical": 0, "over_length": 0}, []
+    for c, (chosen, rejected) in enumerate(comparisons):
+        if is_empty[chosen] or is_empty[rejected]:
+            dropped["empty"] += 1
+        elif same[chosen] == same[rejected]:
+            dropped["identical"] += 1
+        elif is_long[chosen] or is_long[rejected]:
+            dropped["over_length"] += 1
+        else:
+            kept.append(c)
+    if not kept:
+        return Usable(None, [], [], [], dropped)
+    answers = [n for n in range(len(sequences)) if same[n] == n and not is_empty[n] and not is_long[n]]
+    place = {n: i for i, n in enumerate(answers)}
+    pairs = [(place[same[chosen]], place[same[rejected]]) for chosen, rejected in (comparisons[c] for c in kept)]
+    return Usable(make_tree([sequences[n] for n in answers]), answers, pairs, kept, dropped, truncated)
 
 
-def _stored_ids(batch, rows: list[int], side: str, recipe: Recipe) -> list[np.ndarray]:
-    """Token ids (int32) of a column of lists, without the positions that the attention mask calls padding."""
-    arrays = []
-    for column in (recipe.columns[side], recipe.columns.get(f"mask_{side}", recipe.columns[side])):
-        array = batch[column].combine_chunks()
-        if array.null_count or array.values.null_count:
-            lists = enumerate(array.to_pylist())
-            bad = next((i for i, values in lists if values is None or None in values), 0)
-            raise RowError(rows[bad], f"{column!r} is missing or has a missing (null) element")
-        arrays.append(array.to_numpy(zero_copy_only=False))
-    result = []
-    for row, ids, mask in zip(rows, *arrays, strict=True):
-        column = recipe.columns[side]
-        if f"mask_{side}" in recipe.columns:
-            if len(ids) != len(mask) or not np.isin(mask, (0, 1)).all():
-                raise RowError(row, f"{column!r} needs an attention mask of as many 0s and 1s as it has tokens")
-            ids = ids[np.asarray(mask, bool)]
-        if len(ids) and not 0 <= ids.min() <= ids.max() < recipe.vocab_size:
-            bad = ids[(ids < 0) | (ids >= recipe.vocab_size)][0]
-            raise RowError(row, f"{column!r} has the token id {bad}, the tokenizer 0 to {recipe.vocab_size - 1}")
-        result.append(np.asarray(ids, np.int32))
-    return result
-
-
-# ---------------------------------------------------------------- texts to token ids
-
-
-def _encode(texts: list[list[str]], rows: list[int], tokenizer, recipe: Recipe) -> list[list[np.ndarray]]:
-    """Token ids (int32) of both sides."""
-    is_text = recipe.format.startswith("text")  # a chat template writes its own special tokens, and its own EOS
-    try:
-        sides = encode_pairs(*texts, tokenizer, add_special_tokens=is_text, share_prefix=recipe.share_prefix)
-    except Exception:  # a lone surrogate, say; the library does not tell where
-        for row, pair in zip(rows, zip(*texts, strict=True), strict=True):
-            try:
-                tokenizer(list(pair), add_special_tokens=is_text)
-            except Exception as error:
-                raise RowError(row, f"the tokenizer cannot read the text: {one_line(error)}") from error
-        raise
-    end = [tokenizer.eos_token_id] if is_text and recipe.add_eos else []
-    return [[with_end(ids, end) for ids in side] for side in sides]
-
-
-def with_end(ids: list[int], end: list[int]) -> np.ndarray:
-    """`ids` as int32, and then the token `end` unless they end with it (an empty text stays empty)."""
-    return np.array(ids if not ids or ids[-1:] == end else ids + end, np.int32)
+def _first_of_equal(sequences: Sequence[np.ndarray]) -> list[int]:
+    """For each sequence the index of the first one with the same tokens."""
+    first: dict[bytes, int] = {}
+    return [first.setdefault(ids.tobytes(), n) for n, ids in enumerate(sequences)]

@@ -4,15 +4,13 @@ Two answers to one prompt are drawn independently from a grammar, and the label 
 true rewards: P(a is better) = sigmoid(reward(a) - reward(b)). The labels are noisy on purpose, so that the best
 possible accuracy is known: E[max(p, 1 - p)], about 0.85 here.
 
-`python -m rm.toy OUT_DIR` writes the word-level tokenizer of this grammar (`configs/tiny_llama` holds its output).
+`configs/tiny_llama` has the word-level tokenizer of this grammar (`configs/tiny_llama/make_tokenizer.py` writes it).
 """
 
 import hashlib
 import itertools
 import math
 import random
-import re
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +19,6 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 # ---------------------------------------------------------------- the true reward, in log-odds
 
@@ -183,42 +179,3 @@ def toy_dataset(split: str, num_pairs: int, seed: int = 0) -> Dataset:
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=FEATURES.arrow_schema))
             incomplete.replace(path)
     return Dataset.from_file(str(path), split=split)
-
-
-# ---------------------------------------------------------------- the tokenizer
-
-CHAT_TEMPLATE = """\
-{%- if tools %}{{ '<|system|>' + (tools | tojson) + '<|end|>' }}{% endif %}
-{%- for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
-SPECIAL_TOKENS = ("<pad>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the grammar (other words are <unk>); it ends a message with its EOS token, <|end|>."""
-    grammar = [TASKS, *TASKS.values(), QUESTIONS, BACKGROUND, USER_GREETINGS, REQUESTS, SYSTEM_REQUESTS, BRIEF]
-    grammar += [DETAILED, FOLLOW_UPS, ANSWER_GREETINGS, OPENINGS, HEDGES, [REFUSAL, REPETITION], JOINTS, CLOSINGS]
-    text = " ".join(itertools.chain(*grammar)).replace("{task}", " ").replace("{style}", " ")
-    vocabulary = sorted(set(re.findall(r"\w+|[^\w\s]", text)))
-    ids = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *vocabulary))}
-    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    words.decoder = decoders.WordPiece(cleanup=True)  # no space before a full stop
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<|end|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[3:]),
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m rm.toy OUT_DIR")
-    build_tokenizer().save_pretrained(sys.argv[1])

@@ -1,67 +1,50 @@
-"""Two reward models on the same pairs: the paired difference of their metrics, with its interval."""
+"""Two reward models on the same comparisons: paired differences of their metrics with 95% intervals."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 
-from rm.evaluate.metrics import measures
-from rm.evaluate.statistics import percentiles, resamples, share_interval
+from rm.config.errors import InputError
+from rm.config.options import LossOptions
+from rm.evaluate.metrics import PLAIN_LOSS, measures
+from rm.evaluate.statistics import bootstrap
 
-KEYS = ["set", "row"]  # what makes a pair the same in two tables: the place in the data, not the tokens
-COMPARED = ("accuracy", "loss", "brier", "ece", "null_length_accuracy", "margin_length_spearman")
+KEYS = ["set", "row", "number"]  # the same comparison in two tables has the same place in the data, whatever its tokens
+COMPARED = ("accuracy", "loss", "brier", "ece", "longer_answer_baseline_accuracy", "margin_length_spearman")
+FRACTIONS = ("accuracy", "other_accuracy", "agreement", "only_this_right", "only_other_right")
 
 
 def same_pairs(table: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The pairs that are in both tables, in the order of the first. Tokenizers differ, and with them what is too long.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The comparisons in both tables, in the order of the first; raises `InputError` if there is none."""
+    table, other = (t.assign(number=t.groupby(["set", "row"]).cumcount()) for t in (table, other))
     common = table[KEYS].merge(other[KEYS], on=KEYS)
     if not len(common):
-        raise ValueError("the two models have no pair in common")
+        raise InputError("the two models have no pair in common")
     return common.merge(table, on=KEYS), common.merge(other, on=KEYS)
 
 
 def compare_tables(
-    table: pd.DataFrame,
-    other: pd.DataFrame,
-    *,
-    center_rewards_coefficient: float | None = None,
-    label_smoothing: float = 0.0,
+    table: pd.DataFrame, other: pd.DataFrame, options: LossOptions = PLAIN_LOSS
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Metrics of both models on the pairs that both have, and their differences: (values, 95% intervals).
+    """Values and 95% intervals of metrics of both models on the comparisons that both have, from the same resamples.
 
-    `compare/NAME` is the first model's value, `compare/other_NAME` the other's, `compare/NAME_difference` first minus
-    other. Both are measured on the same resamples of prompts, so that what a prompt does to both falls out.
-    `compare/agreement`: share of pairs that both order alike; `compare/only_this_right`, `compare/only_other_right`:
-    share of pairs that one of them has right and the other has not (a tie is not right).
+    `compare/NAME` is of the first model, `compare/other_NAME` of the other one, `compare/NAME_difference` first minus
+    other. `compare/agreement`: both prefer the same answer; `compare/only_this_right`, `compare/only_other_right`: one
+    model prefers the chosen answer and the other does not (fractions of the comparisons).
     """
     table, other = same_pairs(table, other)
-    options = {"center_rewards_coefficient": center_rewards_coefficient, "label_smoothing": label_smoothing}
-    order, other_order = (np.sign((t["reward_chosen"] - t["reward_rejected"]).to_numpy()) for t in (table, other))
+    ours, theirs = (np.sign(t["reward_chosen"] - t["reward_rejected"]).to_numpy() for t in (table, other))
+    shares = {"agreement": ours == theirs, "only_this_right": (ours > 0) & (theirs <= 0)}
+    shares["only_other_right"] = (ours <= 0) & (theirs > 0)
 
-    def both(weight: np.ndarray) -> dict[str, np.ndarray]:
-        ours, theirs = measures(table, weight, **options), measures(other, weight, **options)
-        values = {}
+    def both(counts: np.ndarray) -> dict[str, np.ndarray]:
+        this, that = (measures(t, counts, COMPARED, options) for t in (table, other))
+        weight, values = counts * table["share"].to_numpy(), {}
         for name in COMPARED:
-            values |= {name: ours[name], f"other_{name}": theirs[name], f"{name}_difference": ours[name] - theirs[name]}
-        shares = {
-            "agreement": order == other_order,
-            "only_this_right": (order > 0) & (other_order <= 0),
-            "only_other_right": (order <= 0) & (other_order > 0),
-        }
-        return values | {name: weight @ share / weight.sum(-1) for name, share in shares.items()}
+            values |= {name: this[name], f"other_{name}": that[name], f"{name}_difference": this[name] - that[name]}
+        values |= {name: weight @ share / weight.sum(-1) for name, share in shares.items()}
+        return {f"compare/{name}": value for name, value in values.items()}
 
-    values = {f"compare/{name}": float(value) for name, value in both(np.ones(len(table))).items()}
-    values["compare/pairs"] = len(table)
-    if table["prompt"].nunique() < 2:
-        return values, {}
-    parts = [both(counts) for counts in resamples(table["prompt"].to_numpy())]
-    resampled = {f"compare/{name}": np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    intervals = {name: percentiles(values_R) for name, values_R in resampled.items()}
-    for name in ("accuracy", "other_accuracy", "agreement", "only_this_right", "only_other_right"):
-        key = f"compare/{name}"
-        intervals[key] = share_interval(values[key], resampled[key], table["prompt"].nunique())
-    return values, intervals
+    values = {name: float(value) for name, value in both(np.ones(len(table))).items()} | {"compare/pairs": len(table)}
+    return values, bootstrap(both, table["prompt"].to_numpy(), [f"compare/{name}" for name in FRACTIONS])

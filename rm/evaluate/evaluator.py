@@ -1,4 +1,4 @@
-"""Exact evaluation: every pair once, on any number of processes."""
+"""The evaluations of a training run: score the held-out prompts, log the metrics, show samples."""
 
 from __future__ import annotations
 
@@ -8,110 +8,133 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from rm.collate import COLUMNS, collate
-from rm.data.mixture import PairSets
-from rm.data.plan import PairLengths, plan_micro_batches
-from rm.data.rows import arrays_of
+from rm.config.files import finite
+from rm.config.options import RewardConfig
+from rm.data.dataset import PreferenceData
+from rm.data.plan import Layout
 from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
-from rm.evaluate.rewardbench import rewardbench_metrics
-from rm.evaluate.table import sets_of, without_missing
-from rm.forward import concatenated_forward
-from rm.model.attention import block_size
-from rm.visualize_samples import sample_records
+from rm.evaluate.slices import slices
+from rm.evaluate.table import evaluation_table, worst, write_table
+from rm.evaluate.token_rewards import TokenRewards, token_rewards
+from rm.forward import without_autocast
+from rm.model.precision import cast_weights
+from rm.model.reward_model import unwrapped
+from rm.score.rewards import TreeList, score_prompts
+from rm.visualize_samples import sample_records, visualize_samples, write_records
 
 logger = logging.getLogger(__name__)
 
-
-def pair_lengths(dataset) -> PairLengths:
-    """The lengths of all pairs of a tokenized data set (three int64 arrays; the tokens stay on disk)."""
-    columns = ("length_chosen", "length_rejected", "prefix_length")
-    return PairLengths(*(values.astype(np.int64) for values in arrays_of(dataset, columns).values()))
+NUM_MISTAKES = 20  # comparisons in mistakes.jsonl
+MAX_TOKEN_REWARDS = 64  # prompts of one call with token rewards: showing all prompts costs no second evaluation
 
 
-@torch.no_grad()
-def evaluate_rewards(
-    model: nn.Module,
-    accelerator: Accelerator,
-    dataset,
-    *,
-    layout: str,
-    micro_batch_tokens: int,
-    pad_token_id: int,
-) -> np.ndarray:
-    """Rewards (chosen, rejected) of every pair, float64 [n, 2], in the data set's order. Collective: every rank.
+class Evaluator:
+    """Scores the held-out prompts, logs the metrics and shows samples. Its methods but the last two are collective.
 
-    Each process scores its share and writes it into a table of zeros; the sum over processes is the whole table. So no
-    row is gathered twice, and nothing depends on batches, layout or processes but for float rounding.
+    Args:
+        run: a `rm.train.run_dir.Run`, whose directory gets tables and samples; None: nothing is written.
+        log: a `rm.log.trackers.RunLog`.
     """
-    costs = pair_lengths(dataset).cost(layout)
-    plans = plan_micro_batches(
-        np.arange(len(costs)), costs, layout, micro_batch_tokens, accelerator.num_processes, block_size(model)
-    )
-    table = torch.zeros(
-        len(costs), 3, device=accelerator.device
-    )  # chosen, rejected (float32 as computed), times scored
-    dataset = dataset.with_format("numpy", columns=COLUMNS)
-    was_training = model.training
-    model.eval()
-    for micro_batch in plans[accelerator.process_index]:
-        batch = collate(dataset, micro_batch, layout, pad_token_id).to(accelerator.device)
-        chosen_B, rejected_B = concatenated_forward(model, batch)
-        if not micro_batch.is_filler:
-            scored = torch.stack([chosen_B, rejected_B, torch.ones_like(chosen_B)], dim=1)
-            table[batch.index_B] += scored
-    model.train(was_training)
-    table = accelerator.reduce(table, "sum").cpu().numpy()  # collective
-    assert (table[:, 2] == 1).all(), "a pair was scored twice or not at all"
-    return table[:, :2].astype(np.float64)
 
+    def __init__(
+        self,
+        data: PreferenceData,
+        model: nn.Module,
+        accelerator: Accelerator,
+        layout: Layout,
+        config: RewardConfig,
+        run: Any = None,
+        log: Any = None,
+    ):
+        self.data, self.model, self.accelerator, self.layout = data, model, accelerator, layout
+        self.config, self.run, self.log = config, run, log
+        self.micro_batch_tokens = config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens
+        self.table = evaluation_table(data)
 
-def pairs_metrics(table: pd.DataFrame, *, intervals: bool = False, **options: Any) -> dict[str, Any]:
-    """`rm.metrics.evaluation_metrics` of an evaluation's table (or the `intervals` of them); of RewardBench its scores.
+    def __call__(self, step: int) -> dict[str, float]:
+        """Evaluate after optimizer step `step`; returns the metrics."""
+        table = self.scored_table()  # collective
+        metrics = evaluation_metrics(table, self.config)
+        first = np.flatnonzero(~self.data.comparisons["index"].duplicated())  # comparison of each prompt
+        rows = first[self.data.first_of_each(self.config.num_print_samples)].tolist()
+        tokens = self.token_rewards(rows)  # collective
+        if self.accelerator.is_main_process:
+            write_table(table, self.run.file(f"eval/step-{step}.parquet"))
+            self.log.log(metrics, step)
+            self.warn_of_nonfinite(table)
+            records = self.records(table, rows, tokens, step)
+            if records:
+                self.run.file(f"samples/step-{step}.jsonl")
+            visualize_samples(records, step=step, output_dir=self.run.folder, run_log=self.log)
+        return metrics
 
-    With several sets: of all pairs together as `eval/...`, and of each set as `eval/<set>/...`. Subsets stand under
-    their set alone, and what needs a `true_margin` only where every pair has one. `options`: of the loss.
-    """
-    measure, sets = evaluation_intervals if intervals else evaluation_metrics, sets_of(table)
+    def score(
+        self, data: PreferenceData, rows: Sequence[int] | None = None, every_token: bool = False
+    ) -> list[np.ndarray]:
+        """Rewards of the N answers of each prompt of `data`, or of some (`rows`), float64 [N]; see `score_prompts`."""
+        prompts = data if rows is None else TreeList(data.trees(rows))
+        with cast_weights(self.model, self.config.eval_dtype):
+            options = (self.layout, self.micro_batch_tokens, self.accelerator, every_token)
+            return score_prompts(self.model, prompts, *options)
 
-    def of_set(part: pd.DataFrame, prefix: str) -> dict[str, Any]:
-        return measure(part, **options, prefix=prefix) | rewardbench_metrics(part, prefix)[intervals]
+    def scored_table(self) -> pd.DataFrame:
+        """The evaluation table with the model's rewards."""
+        rewards, frame = self.score(self.data), self.data.comparisons
+        num_answers = np.array([len(r) for r in rewards])
+        first, flat = (np.cumsum(num_answers) - num_answers)[frame["index"]], np.concatenate(rewards)
+        return self.table.assign(**{f"reward_{side}": flat[first + frame[side]] for side in ("chosen", "rejected")})
 
-    if len(sets) == 1:
-        return of_set(without_missing(table), "eval")
-    metrics = measure(without_missing(table).drop(columns="subset", errors="ignore"), **options)
-    for name, part in sets.items():
-        metrics |= of_set(part, f"eval/{name}")
-    return metrics
+    def token_rewards(self, rows: Sequence[int]) -> list[tuple[TokenRewards, TokenRewards] | None]:
+        """Token rewards (chosen, rejected) of these rows of the table; None for rows after `MAX_TOKEN_REWARDS`. An
+        encoder has none: the list is empty."""
+        if not unwrapped(self.model).is_causal:
+            return []
+        frame = self.data.comparisons.iloc[list(rows)[:MAX_TOKEN_REWARDS]]
+        prompts = frame["index"].tolist()
+        found: list[tuple[TokenRewards, TokenRewards] | None] = []
+        values = self.score(self.data, prompts, every_token=True)
+        for tree, rewards, chosen, rejected in zip(
+            self.data.trees(prompts), values, frame["chosen"], frame["rejected"], strict=True
+        ):
+            answers = token_rewards(self.data.tokenizer, tree, rewards)
+            found.append((answers[chosen], answers[rejected]))
+        return found + [None] * (len(rows) - len(found))
 
+    def details(self, step: int) -> dict[str, Any]:
+        """Intervals and slices of the evaluation after `step` for results.json; writes mistakes.jsonl."""
+        is_main = self.accelerator.is_main_process
+        table = pd.read_parquet(self.run.folder / "eval" / f"step-{step}.parquet") if is_main else None
+        (table,) = broadcast_object_list([table])
+        rows = worst(table, NUM_MISTAKES)
+        tokens = self.token_rewards(rows)  # collective
+        if not is_main:
+            return {}
+        write_records(self.run.file("mistakes.jsonl"), self.records(table, rows, tokens, step))
+        return {"intervals": finite(evaluation_intervals(table, self.config)), "slices": finite(slices(table))}
 
-def warn_of_nonfinite(pairs: PairSets, table: pd.DataFrame) -> None:
-    """Name the pairs whose rewards are NaN or infinite: nothing can be said of the accuracy then."""
-    bad = np.flatnonzero(~np.isfinite(table[["reward_chosen", "reward_rejected"]]).all(axis=1))
-    if len(bad):
-        ids = ", ".join(pairs.ids(bad[:10])) + (", ..." if len(bad) > 10 else "")
-        logger.warning(f"the rewards of {len(bad)} of {len(table)} evaluation pairs are not finite: {ids}")
+    def export_check(self, count: int = 8) -> dict[str, Any]:
+        """Token ids and rewards of the answers of some prompts without autocast, as transformers serves the model."""
+        some = TreeList(self.data.trees(range(min(count, len(self.data)))))
+        with without_autocast(self.model):
+            rewards = score_prompts(self.model, some, self.layout, self.micro_batch_tokens, self.accelerator)
+        sequences = [ids.tolist() for tree in some.items for ids in tree.sequences()]
+        return {"sequences": sequences, "rewards": np.concatenate(rewards).tolist()}
 
+    def records(
+        self, table: pd.DataFrame, rows: Sequence[int], tokens: Sequence = (), step: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Records of these rows of the table with their texts (`rm.visualize_samples.sample_records`)."""
+        texts = [self.data.comparison_texts(row) for row in rows]
+        return sample_records(table, rows, texts, tokens, step=step)
 
-def mistake_records(
-    pairs: PairSets,
-    table: pd.DataFrame,
-    rows: Sequence[int],
-    *,
-    step: int | None = None,
-    traces: Sequence[tuple[list, list] | None] | None = None,
-) -> list[dict]:
-    """The pairs `rows` (of `rm.evaluate.table.worst`) with their texts, as `visualize_samples` writes them."""
-    return sample_records(
-        [pairs.texts(int(i)) for i in rows],
-        table["reward_chosen"].to_numpy()[rows],
-        table["reward_rejected"].to_numpy()[rows],
-        ids=pairs.ids(rows),
-        sets=[pairs.set_of(int(i)) for i in rows] if pairs.are_several else None,
-        step=step,
-        margins=table["data_margin"].to_numpy()[rows] if table["data_margin"].any() else None,
-        traces=traces,
-    )
+    def warn_of_nonfinite(self, table: pd.DataFrame) -> None:
+        """Name the comparisons whose rewards are NaN or infinite."""
+        bad = np.flatnonzero(~np.isfinite(table[["reward_chosen", "reward_rejected"]]).all(axis=1))
+        if len(bad):
+            ids = self.data.ids(self.data.comparisons["index"].to_numpy()[bad[:10]])
+            names = ", ".join(ids) + (", ..." if len(bad) > 10 else "")
+            logger.warning(f"the rewards of {len(bad)} of {len(table)} evaluation pairs are not finite: {names}")

@@ -1,159 +1,309 @@
-"""Training meters (sums and counts, one reduce a log) and evaluation metrics from the table of rewards."""
+"""The metrics of an evaluation and of training: function, unit, meaning and direction of each one, defined once.
+
+To add a metric, write a function with the decorator `metric`. It gets the `Rows` of an evaluation table and weights
+[..., C] with a row for each resample, and returns [...]. The metric is then logged for each evaluation set, has an
+interval, is in all tables and in the report, and can be `metric_for_best_model`. C comparisons (2C answers).
+"""
 
 from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from rm.evaluate.statistics import (
-    accuracy,
-    accuracy_ceiling,
-    accuracy_interval,
-    calibration_error,
-    correlation,
-    mean,
-    percentiles,
-    quantiles,
-    ranks,
-    resamples,
-    share_between,
-    share_interval,
-    sigmoid,
-    standard_deviation,
-    temperature,
-)
+from rm.config.options import LossOptions
+from rm.evaluate import statistics as st
+from rm.evaluate.rewardbench import rewardbench_metrics
+from rm.evaluate.statistics import mean
 from rm.loss import pairwise_loss
 
-SHARES = ("accuracy", "ties", "null_length_accuracy")  # of pairs
-QUANTILES = {"margin_q05": 0.05, "margin_q25": 0.25, "margin_q50": 0.5, "margin_q75": 0.75, "margin_q95": 0.95}
+PLAIN_LOSS = LossOptions()
+
+
+class NonFiniteRewards(Exception):
+    """A reward is NaN or infinite, so metrics of the rewards are NaN."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An evaluation table as float64 arrays."""
+
+    table: pd.DataFrame
+    options: LossOptions
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.table[column].to_numpy(np.float64)
+
+    @cached_property
+    def rewards(self) -> np.ndarray:
+        """Rewards of the chosen and the rejected answers [2, C]; raises `NonFiniteRewards`."""
+        rewards = np.stack([self["reward_chosen"], self["reward_rejected"]])
+        if not np.isfinite(rewards).all():
+            raise NonFiniteRewards
+        return rewards
+
+    @cached_property
+    def margin(self) -> np.ndarray:
+        """reward_chosen - reward_rejected [C]; the margin in the data is `self["margin"]`."""
+        return self.rewards[0] - self.rewards[1]
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """Tokens of all answers without the common prefix, first the chosen ones [2C]."""
+        return np.concatenate([self[f"length_{side}"] - self["prefix_length"] for side in ("chosen", "rejected")])
+
+    def losses(self, rewards: np.ndarray) -> np.ndarray:
+        """Training loss of rewards [2, C], times the weight of each comparison [C]."""
+        columns = map(torch.tensor, (*rewards, self["margin"], self["p_chosen"]))
+        return self["weight"] * pairwise_loss(*columns, **self.options.loss_options).numpy()
+
+    def decided(self, w: np.ndarray) -> np.ndarray:
+        """The weights with 0 for label ties (p_chosen = 0.5)."""
+        is_tie = self["p_chosen"] == 0.5
+        return np.where(is_tie, 0, w) if is_tie.any() else w
+
+
+def both(w: np.ndarray) -> np.ndarray:
+    """The weights of all answers, first the chosen ones [..., 2C]."""
+    return np.concatenate([w, w], axis=-1)
+
+
+# ---------------------------------------------------------------- definitions
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a logged number is. `higher_is_better`: None if it has no direction. `only_if`: which tables have it."""
+
+    name: str
+    unit: str
+    meaning: str
+    higher_is_better: bool | None = None
+    has_interval: bool = True
+    only_if: Callable[[pd.DataFrame], bool] = lambda table: True
+    function: Callable[[Rows, np.ndarray], Any] | None = None
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(*definition: Any, **more: Any) -> Callable[[Callable], Callable]:
+    """Decorator: a function (rows, weights) -> values is a metric with this definition (see `Metric`)."""
+
+    def register(function: Callable) -> Callable:
+        METRICS[definition[0]] = Metric(*definition, **more, function=function)
+        return function
+
+    return register
+
+
+def has_true_margin(table: pd.DataFrame) -> bool:
+    return "true_margin" in table and table["true_margin"].notna().all()
+
+
+metric("pairs", "pairs", "comparisons evaluated, each once", None, False)(lambda r, w: len(r.table))
+metric("prompts", "prompts", "different prompts; intervals resample them", None, False)(
+    lambda r, w: r.table["prompt"].nunique()
+)
+metric(
+    "label_ties",
+    "pairs",
+    "comparisons labelled as ties (p_chosen = 0.5), left out of accuracy",
+    has_interval=False,
+    only_if=lambda table: (table["p_chosen"] == 0.5).any(),
+)(lambda r, w: int((r["p_chosen"] == 0.5).sum()))
+metric(
+    "accuracy", "fraction", "comparisons with a higher reward for the chosen answer; equal rewards count half", True
+)(lambda r, w: st.accuracy(r.margin, r.decided(w)))
+metric("accuracy_ceiling", "fraction", "best possible accuracy, given the true rewards", only_if=has_true_margin)(
+    lambda r, w: mean(st.sigmoid(np.abs(r["true_margin"])), r.decided(w))
+)
+metric("longer_answer_baseline_accuracy", "fraction", "accuracy of preferring the longer answer")(
+    lambda r, w: st.accuracy(r["length_chosen"] - r["length_rejected"], r.decided(w))
+)
+metric("ties", "fraction", "comparisons with equal rewards", False)(lambda r, w: mean(r.margin == 0, w))
+metric("loss", "nats", "mean training loss", False)(lambda r, w: mean(r.losses(r.rewards), w))
+metric("prompt_only_baseline_loss", "nats", "loss of giving all answers to a prompt the same reward")(
+    lambda r, w: mean(r.losses(np.zeros((2, len(r.table)))), w)
+)
+
+
+@metric("prompt_icc", "fraction", "share of the variance of rewards that is between prompts (intraclass correlation)")
+def intraclass_correlation(r: Rows, w: np.ndarray) -> np.ndarray:
+    """ICC(1) of a one-way analysis of variance with groups of unequal size (Shrout and Fleiss 1979)."""
+    x, share, w, group = r.rewards.ravel(), both(r["share"]), both(w), np.tile(r.table["prompt"], 2)
+    size, total = pd.DataFrame({"size": share, "total": share * x}).groupby(group).transform("sum").to_numpy().T
+    items, groups = w.sum(-1), w @ (1 / size)
+    between = (w * (total / size - mean(x, w)[..., None]) ** 2).sum(-1) / (groups - 1)
+    within = w @ (x - total / size) ** 2 / (items - groups)
+    mean_size = (items - w @ size / items) / (groups - 1)
+    icc = (between - within) / (between + (mean_size - 1) * within)
+    return np.where((groups > 1.5) & (items > groups), icc, np.nan)
+
+
+@metric("brier", "", "Brier score: mean squared error of p = sigmoid(margin); 0.25 for p = 0.5", False)
+def brier(r: Rows, w: np.ndarray) -> np.ndarray:
+    p, label = st.sigmoid(r.margin), r["p_chosen"]
+    return mean(label * (1 - p) ** 2 + (1 - label) * p**2, w)
+
+
+@metric(
+    "ece", "fraction", "expected calibration error: mean |accuracy - confidence| over ten bins of confidence", False
+)
+def calibration_error(r: Rows, w: np.ndarray) -> np.ndarray:
+    """Guo et al. 2017; bins of equal width."""
+    (confidence, bins), w = st.confidence(r.margin), r.decided(w)
+    error = st.is_right(r.margin) - confidence
+    return sum(np.abs(w[..., bins == b] @ error[bins == b]) for b in np.unique(bins)) / w.sum(-1)
+
+
+@metric(
+    "temperature", "", "T that calibrates sigmoid(margin / T) best; above 1: overconfident; inf: no better than chance"
+)
+def temperature(r: Rows, w: np.ndarray) -> np.ndarray:
+    """Minimizes the mean of -log sigmoid(margin / T); NaN if all margins are 0."""
+    unit, w = math.sqrt(np.mean(np.square(r.margin))), r.decided(w)
+    if unit == 0:
+        return np.full(w.shape[:-1], np.nan)
+    z = r.margin / unit
+    grid = np.geomspace(1e-4, 1e4, 120)  # of s = 1 / T, in which the loss is convex: its slope ...
+    slopes = -(w @ (z[:, None] * st.sigmoid(-z[:, None] * grid)))
+    above = np.argmax(slopes >= 0, axis=-1)  # ... changes sign once, before this point
+    low, high = grid[np.maximum(above - 1, 0)], grid[above]
+    s = np.sqrt(low * high)
+    for _ in range(3):  # Newton steps inside the bracket
+        p_wrong = st.sigmoid(-s[..., None] * z)
+        slope, curvature = -(w * p_wrong) @ z, (w * p_wrong * (1 - p_wrong)) @ z**2
+        s = np.clip(s - slope / np.maximum(curvature, 1e-300), low, high)
+    return np.where(slopes[..., -1] < 0, 0, np.where(above == 0, np.inf, unit / s))
+
+
+metric("margin", "reward", "mean of reward_chosen - reward_rejected", True)(lambda r, w: mean(r.margin, w))
+for percent in (5, 25, 50, 75, 95):
+    metric(f"margin_q{percent:02}", "reward", f"{percent}% quantile of the margin", True)(
+        lambda r, w, q=percent / 100: st.quantile(r.margin, q, w)
+    )
+metric("spearman_true_margin", "", "rank correlation of the margin and the true one", True, only_if=has_true_margin)(
+    lambda r, w: st.rank_correlation(r.margin, r["true_margin"], w)
+)
+metric("margin_length_spearman", "", "rank correlation of the margin and the difference in length")(
+    lambda r, w: st.rank_correlation(r.margin, r["length_chosen"] - r["length_rejected"], w)
+)
+metric("reward_length_spearman", "", "rank correlation of the reward and the length of the answer")(
+    lambda r, w: st.rank_correlation(r.rewards.ravel(), r.answer_lengths, both(w))
+)
+metric("reward_chosen", "reward", "mean reward of the chosen answers")(lambda r, w: mean(r.rewards[0], w))
+metric("reward_rejected", "reward", "mean reward of the rejected answers")(lambda r, w: mean(r.rewards[1], w))
+metric("reward_mean", "reward", "mean reward of all answers")(lambda r, w: mean(r.rewards.ravel(), both(w)))
+metric("reward_std", "reward", "standard deviation of all rewards")(
+    lambda r, w: st.standard_deviation(r.rewards.ravel(), both(w))
+)
+metric("reward_min", "reward", "smallest reward", None, False)(lambda r, w: r.rewards.min())
+metric("reward_max", "reward", "largest reward", None, False)(lambda r, w: r.rewards.max())
+
+TRAINING_METRICS = {
+    definition.name: definition
+    for definition in (
+        Metric("train/loss", "nats", "mean loss since the previous log line", False),
+        Metric("train/accuracy", "fraction", "accuracy since the previous log line", True),
+        Metric("train/margin", "reward", "mean of reward_chosen - reward_rejected since the previous log line", True),
+        Metric("train/reward_chosen", "reward", "mean reward of the chosen answers since the previous log line"),
+        Metric("train/reward_rejected", "reward", "mean reward of the rejected answers since the previous log line"),
+        Metric("train/epoch", "epochs", "passes over the training data"),
+        Metric("train/steps", "steps", "optimizer steps done"),
+        Metric("train/best_step", "steps", "step of the best evaluation"),
+        Metric("optim/learning_rate", "", "learning rate of all weights but the reward head, at this step"),
+        Metric("optim/head_learning_rate", "", "learning rate of the reward head, at this step"),
+        Metric("optim/grad_norm", "", "norm of the gradient before clipping, at this step"),
+        Metric("optim/skipped_steps", "steps", "steps without an update so far, because a number was not finite"),
+        Metric("speed/pairs_per_second", "1/s", "training pairs per second of all processes"),
+        Metric("speed/tokens_per_second", "1/s", "training tokens per second of all processes, with padding"),
+        Metric("speed/train_seconds", "s", "time in the training loop, without evaluating and saving"),
+        Metric("speed/total_seconds", "s", "time since the start of the program"),
+        Metric("speed/peak_memory_gb", "10^9 bytes", "peak memory of the main process, on its GPU if it has one"),
+    )
+}
+
+
+def find_metric(name: str) -> Metric:
+    """Definition of a logged name, such as `eval/SET/accuracy_low` or `compare/loss_difference`; empty if unknown."""
+    *groups, last = name.split("/")
+    if groups[-1:] in (["rewardbench"], ["rewardbench2"]) and last not in ("pairs", "prompts"):
+        return Metric("rewardbench", "fraction", "published score of this part of RewardBench", True)
+    known = TRAINING_METRICS.get(name) or METRICS.get(re.sub("^other_|_(low|high|difference)$", "", last))
+    return known or Metric(name, "", "")
+
+
+# ---------------------------------------------------------------- values and intervals
 
 
 def measures(
-    table: pd.DataFrame,
-    weight: np.ndarray,
-    *,
-    center_rewards_coefficient: float | None = None,
-    label_smoothing: float = 0.0,
-) -> dict[str, np.ndarray]:
-    """Every statistic of an evaluation that has an interval, [...] each, in float64; NaN if a reward is not finite.
+    table: pd.DataFrame, counts: np.ndarray, names: Iterable[str], options: LossOptions = PLAIN_LOSS
+) -> dict[str, Any]:
+    """Metrics for counts of each comparison [..., C]; [...] each.
 
-    Args:
-        table: a row for each of n pairs, see `rm.evaluate.table.pair_table`.
-        weight: how often each pair counts, [..., n]: ones, or the counts of resamples (`rm.statistics`).
-        center_rewards_coefficient, label_smoothing: of the loss.
+    A comparison weighs its count times its `share`, so that a prompt counts once; in the loss also its `weight`.
     """
-    chosen, rejected = (table[f"reward_{side}"].to_numpy(np.float64) for side in ("chosen", "rejected"))
-    is_finite = bool(np.isfinite(chosen).all() and np.isfinite(rejected).all())
-    chosen, rejected = (np.nan_to_num(rewards, posinf=0, neginf=0) for rewards in (chosen, rejected))
-    length_chosen, length_rejected = (table[f"length_{side}"].to_numpy() for side in ("chosen", "rejected"))
-    margin, longer = chosen - rejected, length_chosen - length_rejected
-    p_chosen, rewards = sigmoid(margin), np.concatenate([chosen, rejected])
-    both = np.concatenate([weight, weight], axis=-1)  # of the 2n rewards, first those of the chosen answers
-
-    def loss(chosen_B: np.ndarray, rejected_B: np.ndarray) -> np.ndarray:
-        loss_B = pairwise_loss(
-            torch.tensor(chosen_B),
-            torch.tensor(rejected_B),
-            torch.tensor(table["data_margin"].to_numpy(np.float64)),
-            center_rewards_coefficient=center_rewards_coefficient,
-            label_smoothing=label_smoothing,
-        )
-        return mean(loss_B.numpy(), weight)
-
-    answer_length = np.concatenate([length_chosen, length_rejected]) - np.tile(table["prefix_length"].to_numpy(), 2)
-    values = {
-        "loss": loss(chosen, rejected),
-        "accuracy": accuracy(margin, weight),
-        "ties": mean(margin == 0, weight),
-        "margin": mean(margin, weight),
-        **dict(zip(QUANTILES, quantiles(margin, QUANTILES.values(), weight), strict=True)),
-        "reward_chosen": mean(chosen, weight),
-        "reward_rejected": mean(rejected, weight),
-        "reward_mean": mean(rewards, both),
-        "reward_std": standard_deviation(rewards, both),
-        "brier": mean((1 - p_chosen) ** 2, weight),
-        "ece": calibration_error(p_chosen, margin, weight),
-        "temperature": temperature(margin, weight),
-        "reward_length_spearman": correlation(ranks(rewards), ranks(answer_length), both),
-        "margin_length_spearman": correlation(ranks(margin), ranks(longer), weight),
-        "prompt_share": share_between(rewards, np.tile(table["prompt"].to_numpy(), 2), both),
-    }
-    if not is_finite:  # then no number says anything about all pairs
-        values = {name: np.full_like(value, np.nan) for name, value in values.items()}
-    values["null_length_accuracy"] = accuracy(longer, weight)
-    values["null_prompt_loss"] = loss(np.zeros(len(table)), np.zeros(len(table)))
-    if "true_margin" in table:
-        true_margin = table["true_margin"].to_numpy(np.float64)
-        values["accuracy_ceiling"] = accuracy_ceiling(true_margin, weight)
-        if is_finite:
-            values["spearman_true_margin"] = correlation(ranks(margin), ranks(true_margin), weight)
+    rows, weight, values = Rows(table, options), counts * table["share"].to_numpy(), {}
+    for name in names:
+        try:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                values[name] = METRICS[name].function(rows, weight)
+        except NonFiniteRewards:
+            values[name] = np.full(counts.shape[:-1], np.nan)
     return values
 
 
-def evaluation_metrics(
-    table: pd.DataFrame,
-    *,
-    center_rewards_coefficient: float | None = None,
-    label_smoothing: float = 0.0,
-    prefix: str = "eval",
-) -> dict[str, float]:
-    """Metrics of an evaluation set, from one table in float64: independent of how it was cut into batches.
+def accuracy_of(table: pd.DataFrame) -> dict[str, float]:
+    """`pairs`, `accuracy`, `accuracy_low` and `accuracy_high` of these comparisons."""
+    measure = partial(measures, table, names=["accuracy"])
+    low, high = st.bootstrap(measure, table["prompt"].to_numpy(), ["accuracy"])["accuracy"]
+    accuracy = float(measure(np.ones(len(table)))["accuracy"])
+    return {"pairs": len(table), "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
 
-    Args:
-        table: a row for each of n pairs, see `rm.evaluate.table.pair_table`. With a column `subset` there are besides
-            `eval/<subset>/accuracy`, its interval and `eval/<subset>/pairs`; with `true_margin`, log-odds that chosen
-            is better, the best possible accuracy E[max(p, 1-p)] and the rank correlation of learned and true margins.
-        center_rewards_coefficient, label_smoothing: of the loss.
-        prefix: what the metrics' names begin with, here and above `eval`.
+
+def evaluation_metrics(table: pd.DataFrame, options: LossOptions) -> dict[str, float]:
+    """All metrics of an evaluation: `eval/NAME`, `eval/SUBSET/accuracy`, scores of RewardBench.
+
+    With several sets `eval/NAME` is of all comparisons, and `eval/SET/NAME` and so on of each set.
     """
-    options = {"center_rewards_coefficient": center_rewards_coefficient, "label_smoothing": label_smoothing}
-    values = {name: float(value) for name, value in measures(table, np.ones(len(table)), **options).items()}
-    margin = (table["reward_chosen"] - table["reward_rejected"]).to_numpy()
-    low, high = accuracy_interval(margin, table["prompt"].to_numpy())
-    rewards = table[["reward_chosen", "reward_rejected"]].to_numpy()
-    metrics = {f"{prefix}/{name}": value for name, value in values.items()}
-    metrics |= {
-        f"{prefix}/accuracy_low": low,
-        f"{prefix}/accuracy_high": high,
-        f"{prefix}/reward_min": float(rewards.min()),
-        f"{prefix}/reward_max": float(rewards.max()),
-        f"{prefix}/pairs": len(table),
-        f"{prefix}/prompts": table["prompt"].nunique(),
-    }
-    if "subset" in table:
-        for subset, rows in table.assign(margin=margin).groupby("subset"):
-            low, high = accuracy_interval(rows["margin"].to_numpy(), rows["prompt"].to_numpy())
-            of_subset = {"accuracy": float(accuracy(rows["margin"].to_numpy())), "accuracy_low": low}
-            of_subset |= {"accuracy_high": high, "pairs": len(rows)}
-            metrics |= {f"{prefix}/{subset}/{name}": value for name, value in of_subset.items()}
+    metrics = {}
+    for prefix, part, subsets in _parts(table):
+        values = measures(part, np.ones(len(part)), metrics_of(part), options) | accuracy_of(part)
+        for subset, rows in subsets.items():
+            values |= {f"{subset}/{name}": value for name, value in accuracy_of(rows).items()}
+        values |= rewardbench_metrics(subsets)
+        metrics |= {f"{prefix}/{name}": v if isinstance(v, int) else float(v) for name, v in values.items()}
     return metrics
 
 
-def metric_names() -> list[str]:
-    """All metrics of an evaluation but those of subsets and sets."""
-    number = "reward_chosen reward_rejected data_margin true_margin length_chosen length_rejected prefix_length prompt"
-    return list(evaluation_metrics(pd.DataFrame(dict.fromkeys(number.split(), [0, 1]))))
-
-
-def evaluation_intervals(
-    table: pd.DataFrame,
-    *,
-    center_rewards_coefficient: float | None = None,
-    label_smoothing: float = 0.0,
-    prefix: str = "eval",
-) -> dict[str, tuple[float, float]]:
-    """95% intervals of the metrics in `measures`, by the bootstrap over prompts; {} where there is one prompt.
-
-    A number that is an extreme (`reward_min`), a count, or of a subset (`rm.breakdown`) is not among them.
-    """
-    if table["prompt"].nunique() < 2:
-        return {}
-    options = {"center_rewards_coefficient": center_rewards_coefficient, "label_smoothing": label_smoothing}
-    parts = [measures(table, counts, **options) for counts in resamples(table["prompt"].to_numpy())]
-    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    intervals = {f"{prefix}/{name}": percentiles(values_R) for name, values_R in values.items()}
-    found, num_prompts = measures(table, np.ones(len(table)), **options), table["prompt"].nunique()
-    for name in SHARES:
-        intervals[f"{prefix}/{name}"] = share_interval(float(found[name]), values[name], num_prompts)
+def evaluation_intervals(table: pd.DataFrame, options: LossOptions) -> dict[str, tuple[float, float]]:
+    """95% intervals of the metrics of `evaluation_metrics` that have one, without those of subsets."""
+    intervals, fractions = {}, [name for name, definition in METRICS.items() if definition.unit == "fraction"]
+    for prefix, part, subsets in _parts(table):
+        names = [name for name in metrics_of(part) if METRICS[name].has_interval]
+        measure = partial(measures, part, names=names, options=options)
+        found = st.bootstrap(measure, part["prompt"].to_numpy(), fractions)
+        found |= rewardbench_metrics(subsets, intervals=True)
+        intervals |= {f"{prefix}/{name}": ends for name, ends in found.items()}
     return intervals
+
+
+def metrics_of(table: pd.DataFrame) -> list[str]:
+    """The names in `METRICS` that the table has."""
+    return [name for name, definition in METRICS.items() if definition.only_if(table)]
+
+
+def _parts(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, dict[str, pd.DataFrame]]]:
+    """(prefix of names, comparisons, their subsets) of the whole table and of each set, if there are several."""
+    sets = {f"eval/{name}": part for name, part in table.groupby("set", sort=False)}
+    sets = {"eval": table} if len(sets) == 1 else {"eval": table.drop(columns="subset", errors="ignore")} | sets
+    for prefix, part in sets.items():
+        yield prefix, part, dict(list(part.groupby("subset"))) if "subset" in part else {}

@@ -1,78 +1,88 @@
-"""Which token sees which in rows of trees: one rule, as a dense mask, as FlexAttention's blocks, or tree by tree.
+"""Which token sees which in rows of trees: one rule, as a dense mask or tree by tree.
 
 Shape suffixes: R rows, L tokens in a row, T tokens in a tree.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rm.collate import Batch
+from rm.model.reward_model import unwrapped
 
 SDPA_BY_TREE = "sdpa_by_tree"  # a name for `attn_implementation`, beside transformers' own
 
 
-def shared_prefix_rule(
-    tree_RL: Tensor, branch_RL: Tensor, position_RL: Tensor, window: int | None = None
-) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
-    """Which key each query sees, as FlexAttention's `mask_mod(row, head, query, key)`: bool, for index tensors.
+def sees(batch: Batch, row: Tensor, query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
+    """Whether tokens `query` see tokens `key` (indices into the rows `row`, which broadcast): bool.
 
-    Query i sees key j iff they are of the same tree, j <= i in the row, and j is in the prefix or in i's own branch;
+    Query i sees key j iff both are in the same tree, j <= i in the row, and j is in the prefix or in the branch of i;
     under a sliding window also position i - position j < window. Padding (tree -1) sees padding before it.
     """
-
-    def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        seen = (tree_RL[row, query] == tree_RL[row, key]) & (key <= query)
-        seen = seen & ((branch_RL[row, key] == 0) | (branch_RL[row, key] == branch_RL[row, query]))
-        if window is not None:
-            seen = seen & (position_RL[row, query] - position_RL[row, key] < window)
-        return seen
-
-    return sees
+    tree_RL, branch_RL, position_RL = batch.tree_RL, batch.branch_RL, batch.position_RL
+    seen = (tree_RL[row, query] == tree_RL[row, key]) & (key <= query)
+    seen = seen & ((branch_RL[row, key] == 0) | (branch_RL[row, key] == branch_RL[row, query]))
+    return seen if window is None else seen & (position_RL[row, query] - position_RL[row, key] < window)
 
 
-def dense_mask(rule: Callable, num_rows: int, length: int, device: torch.device) -> Tensor:
-    """The rule for every query and key, bool [R, 1, L, L]."""
-    row, index = torch.arange(num_rows, device=device), torch.arange(length, device=device)
-    return rule(row[:, None, None], None, index[None, :, None], index[None, None, :])[:, None]
+def attention_mask(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The mask of `batch` for a model with `config` and weights of `dtype`: one tensor, or one per layer type.
 
-
-def tree_masks(rule: Callable, tree_lengths: list[int], device: torch.device) -> Tensor:
-    """The additive masks [T, T] of a row's trees one after the other, float32 [1, 1, 1, sum of T x T]."""
-    row, start, masks = torch.zeros((), dtype=torch.long, device=device), 0, []
-    for length in tree_lengths:
-        index = torch.arange(start, start + length, device=device)
-        masks.append(rule(row, None, index[:, None], index[None, :]).flatten())
-        start += length
-    return additive(torch.cat(masks)[None, None, None], torch.float32)
-
-
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `seen`, the lowest number of `dtype` elsewhere: to be added to attention scores."""
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-
-
-def attend_by_tree(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    tree_lengths: list[int] | None = None,
-    **options,
-) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, once for each tree of the row `tree_lengths`, so that nothing between trees is computed.
-
-    `attention_mask` is then that of `tree_masks`; without `tree_lengths` this is `sdpa`. In float32 also under bf16:
-    on a CPU the kernel's backward pass takes 1.8 times as long in bf16.
+    Padded rows: 0/1 [R, L]. Packed rows: bool (`sdpa`) or additive (`eager`) [R, 1, L, L], or the additive masks [T, T]
+    of all trees (`sdpa_by_tree`), float32 [1, 1, 1, sum of T x T]. ValueError: `mask_problem`.
     """
+    if not batch.is_packed:
+        return batch.attention_mask_RL
+    if problem := mask_problem(config):
+        raise ValueError(problem)
+    text, kernel = config.get_text_config(), config._attn_implementation
+    (num_rows, length), device = batch.input_ids_RL.shape, batch.input_ids_RL.device
+    row, index = torch.arange(num_rows, device=device), torch.arange(length, device=device)
+
+    def mask(window: int | None) -> Tensor:
+        if by_tree := kernel == SDPA_BY_TREE and batch.tree_lengths is not None:
+            trees = [sees(batch, row, tree[:, None], tree, window) for tree in index.split(batch.tree_lengths)]
+            seen = torch.cat([seen.flatten() for seen in trees])[None, None, None]
+        else:
+            seen = sees(batch, row[:, None, None, None], index[:, None], index, window)
+        if not by_tree and kernel != "eager":
+            return seen
+        additive = torch.zeros_like(seen, dtype=torch.float32 if by_tree else dtype)
+        return additive.masked_fill_(~seen, torch.finfo(additive.dtype).min)
+
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = _layer_types(config) or {"sliding_attention"}  # without types the window is for all layers
+    masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def mask_problem(config: PreTrainedConfig) -> str:
+    """Why a model with `config` takes no mask of packed rows; empty if it does."""
+    kernel, unknown = config._attn_implementation, _layer_types(config) - {"full_attention", "sliding_attention"}
+    if kernel not in ("sdpa", "eager", SDPA_BY_TREE):
+        return f"attn_implementation {kernel} takes no mask for each query"
+    return f"layers of type {', '.join(sorted(unknown))} take no attention mask" if unknown else ""
+
+
+def _layer_types(config: PreTrainedConfig) -> set[str]:
+    return set(getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+class TreesNotPassed(ValueError):
+    """A model does not pass `tree_lengths`, or the masks of the trees, on to its attention."""
+
+
+def attend_by_tree(module, query, key, value, attention_mask, tree_lengths: list[int] | None = None, **options):
+    """transformers' `sdpa` for each tree of the only row: attention between trees is not computed.
+
+    Without `tree_lengths` this is `sdpa`. Computes in float32 also under bf16: on CPUs the backward pass of the kernel
+    takes 1.8 times as long in bf16. Raises `TreesNotPassed`.
+    """
+    num_keys = key.shape[2] if tree_lengths is None else sum(length * length for length in tree_lengths)
+    if attention_mask is not None and attention_mask.shape[3] != num_keys:
+        raise TreesNotPassed(f"{type(module).__name__} does not get the trees of a row")
     if tree_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     parts = zip(*(states.float().split(tree_lengths, dim=2) for states in (query, key, value)), strict=True)
@@ -84,47 +94,17 @@ def attend_by_tree(
     return torch.cat(outputs, dim=1).to(query.dtype), None
 
 
-# compiled layers call it as it is: its loop differs from batch to batch
+# not compiled: the loop differs from batch to batch
 AttentionInterface.register(SDPA_BY_TREE, torch.compiler.disable(attend_by_tree))
-AttentionMaskInterface.register(SDPA_BY_TREE, sdpa_mask)  # for rows that are no trees
+AttentionMaskInterface.register(SDPA_BY_TREE, sdpa_mask)  # for rows without trees
 
 
-def block_size(model: nn.Module) -> int | None:
-    """Tokens in a block of the mask that the model's attention kernel skips if it is empty, so that long rows cost no
-    more than short ones; None for a kernel that computes the whole square of a row."""
-    kernel = getattr(model, "module", model).config._attn_implementation
-    return {"flex_attention": 128, SDPA_BY_TREE: 1}.get(kernel)
+def use_cpu_kernel(model: PreTrainedModel) -> None:
+    """Without an accelerator, replace `sdpa` by `sdpa_by_tree`."""
+    if not torch.accelerator.is_available() and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(SDPA_BY_TREE)
 
 
-def attention_mask(
-    config: PreTrainedConfig, batch: Batch, dtype: torch.dtype
-) -> Tensor | BlockMask | dict[str, Tensor | BlockMask]:
-    """The mask that a model with `config` takes for `batch`: one, or one per layer type.
-
-    Dense (`sdpa`: bool, `eager`: additive), blocks (`flex_attention`), or the trees' own (`sdpa_by_tree`). Raises
-    ValueError if the model has layers or an attention kernel that such a mask cannot steer.
-    """
-    if not batch.is_packed:
-        return batch.attention_mask_RL
-    text, kernel = config.get_text_config(), config._attn_implementation
-    if kernel not in ("sdpa", "eager", "flex_attention", SDPA_BY_TREE):
-        raise ValueError(f"attn_implementation {kernel} takes no mask for each query")
-    (num_rows, length), device = batch.input_ids_RL.shape, batch.input_ids_RL.device
-
-    def mask(window: int | None) -> Tensor | BlockMask:
-        rule = shared_prefix_rule(batch.tree_RL, batch.branch_RL, batch.position_RL, window)
-        if kernel == "flex_attention":
-            return create_block_mask(rule, num_rows, None, length, length, device, _compile=device.type == "cuda")
-        if kernel == SDPA_BY_TREE and batch.tree_lengths:
-            return tree_masks(rule, batch.tree_lengths, device)
-        seen = dense_mask(rule, num_rows, length, device)
-        return additive(seen, dtype) if kernel == "eager" else seen
-
-    window = getattr(text, "sliding_window", None)
-    layer_types = set(getattr(text, "layer_types", None) or ())
-    if unknown := layer_types - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layers of type {', '.join(sorted(unknown))} take no attention mask")
-    if not layer_types:  # one kind of layer; `sliding_window`, if any, holds for all of them
-        return mask(window if getattr(text, "use_sliding_window", True) else None)
-    masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in layer_types}
-    return masks if len(masks) > 1 else masks.popitem()[1]
+def attends_by_tree(model: nn.Module) -> bool:
+    """Whether attention is computed tree by tree, so that one long row costs no more than several short rows."""
+    return unwrapped(model).config._attn_implementation == SDPA_BY_TREE

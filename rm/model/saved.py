@@ -1,69 +1,99 @@
-"""A saved reward model, as `python -m rm.evaluate` and `python -m rm.score` open it: with the options of its run."""
+"""What a run recorded beside its saved model: its options, the form of its training data, the scale of its rewards.
 
-from __future__ import annotations
+The scale is mean and standard deviation of the rewards of training answers: a normalized reward is (r - mean) / std.
+"""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_torch_tf32_available
 
-from rm.config.cli import parse_config, read_yaml, split_arguments
+from rm.config.cli import make_config, read_yaml
+from rm.config.errors import InputError
 from rm.config.options import RewardConfig
-from rm.model.adapters import load_trained
-from rm.model.load import check_folder, find_adapter
-from rm.model.quantization import QUANTIZATION_OPTIONS, quantization_config
-from rm.model.reward_model import RewardModel, use_cpu_kernel
+from rm.model.reward_model import RewardModel
+from rm.model.source import check_folder
 
+SCALE = ("reward_mean", "reward_std", "reward_answers")  # keys in config.json, and of "normalization" in results.json
 RENDERED = "a prompt and answers that are text are scored as %s: %s"
 
 
-def recorded_config(name: str, rest: Sequence[str]) -> RewardConfig:
-    """The options of the run in the folder `name` (defaults, if it is none), and over them those of a command line."""
+def recorded_config(name: str, given: Mapping[str, Any]) -> RewardConfig:
+    """The options of the run in the folder `name` (without one: defaults), overridden by the options `given`."""
     check_folder(name)
-    files, values = split_arguments(list(rest))
-    chosen = set(values).union(*map(read_yaml, files))
-    recorded = Path(name) / "config.yaml"
-    base = ["--config", str(recorded)] if recorded.is_file() else []
-    if chosen & {"dataset_name", "eval_dataset_name"}:
-        others = "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights max_eval_samples"
-        base += [f"{option}=none" for option in others.split() if option not in chosen]
-    if not is_torch_tf32_available():  # which the run may have had
-        base += ["tf32=none"]
-    return parse_config([*base, f"model_name_or_path={name}", *rest])
-
-
-def load_saved(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[RewardModel, float]:
-    """The model that a run saved as `model_name_or_path`, and the tolerance with which its layouts can agree."""
-    name = config.model_name_or_path
-    options = {option: getattr(config, option) for option in QUANTIZATION_OPTIONS}
-    # what was merged is not quantised any more
-    quantization = quantization_config(**options) if find_adapter(name) is not None else None
-    options = dict(trust_remote_code=config.trust_remote_code, quantization_config=quantization)
-    model = RewardModel(load_trained(name, tokenizer, dtype=config.dtype, **options))
-    use_cpu_kernel(model.bare)
-    is_half = config.mixed_precision not in (None, "no") or quantization is not None or bool(config.tf32)
-    is_half |= next(model.classifier.parameters()).dtype != torch.float32
-    return model, 5e-2 if is_half else 1e-4
+    file = Path(name) / "config.yaml"
+    recorded = read_yaml(file) if file.is_file() else {}
+    unset = ["chat_template_path", "model_revision"]  # saved with the tokenizer; the run's is that of its base
+    if given.keys() & {"dataset_name", "eval_dataset_name"}:
+        unset += "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights".split()
+        unset += ["max_eval_samples"]
+    if not torch.accelerator.is_available():  # the run may have had one
+        unset += ["attn_implementation"]
+    if not is_torch_tf32_available():
+        unset += ["tf32"]
+    recorded = {option: value for option, value in recorded.items() if option not in unset}
+    return make_config(recorded | {"model_name_or_path": name} | given)
 
 
 def conversations_from_text(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, str]:
-    """Whether text with a prompt is made a conversation to evaluate a saved model, and why; the option first."""
+    """(whether a saved model reads text with a prompt as a conversation, the reason in words)."""
     if config.text_as_conversation is not None:
         return config.text_as_conversation, f"text_as_conversation={str(config.text_as_conversation).lower()}"
+    trained_on = str(read_result(config.model_name_or_path, "data", "train", "format") or "")
+    if formats := set(trained_on.split(", ")) - {"tokenized", ""}:
+        is_conversation = all(name.startswith("conversation") for name in formats)
+        reason = f"the model was trained on {'conversations' if is_conversation else 'text'}"
+    else:  # a model from elsewhere
+        is_conversation = bool(tokenizer.chat_template)
+        reason = f"the tokenizer has {'a' if is_conversation else 'no'} chat template"
+    return is_conversation, f"{reason}; text_as_conversation decides otherwise"
+
+
+def read_result(name: str, *keys: str) -> Any:
+    """The value under `keys` in the results.json of the saved model `name`; None if there is none."""
     try:
-        results = json.loads((Path(config.model_name_or_path) / "results.json").read_text(encoding="utf-8"))
-        formats = set(results["data"]["train"]["format"].split(", ")) - {"tokenized"}
-    except (OSError, ValueError, TypeError, KeyError):  # a model from elsewhere
-        formats = set()
-    if not formats:
-        has_template = bool(tokenizer.chat_template)
-        return (
-            has_template,
-            f"the tokenizer has {'a' if has_template else 'no'} chat template; text_as_conversation decides otherwise",
-        )
-    was_trained_so = all(name.startswith("conversation") for name in formats)
-    kind = "conversations" if was_trained_so else "text"
-    return was_trained_so, f"the model was trained on {kind}; text_as_conversation decides otherwise"
+        value = json.loads((Path(name) / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def sample_of(num_rows: int, num_samples: int, seed: int) -> np.ndarray:
+    """The rows whose answers are scored for the scale, sorted: `num_samples` random ones (-1: all), by the seed."""
+    order = np.random.default_rng([seed, num_rows]).permutation(num_rows)
+    return np.sort(order if num_samples == -1 else order[:num_samples])
+
+
+def reward_scale(rewards: np.ndarray) -> dict[str, float | int] | None:
+    """Mean, population standard deviation and number of all rewards, of any shape; None if one is not finite."""
+    values = np.asarray(rewards, dtype=np.float64)
+    if not values.size or not np.isfinite(values).all():
+        return None
+    return dict(zip(SCALE, (float(values.mean()), float(values.std()), values.size), strict=True))
+
+
+def set_scale(config: PreTrainedConfig, scale: dict[str, float | int] | None) -> None:
+    """Write the scale into the config of a model, or remove the scale of the model that training began with."""
+    for key in SCALE:
+        vars(config).pop(key, None)
+    config.update(scale or {})
+
+
+def read_scale(name: str, model: RewardModel) -> dict[str, float | int]:
+    """The scale of the saved `model`: from its config.json, of an adapter from results.json. Raises `InputError`."""
+    scale, file = {key: getattr(model.config, key, None) for key in SCALE}, "config.json"
+    if hasattr(model.classifier, "peft_config"):
+        scale, file = {key: read_result(name, "normalization", key) for key in SCALE}, "results.json"
+    mean, std = scale["reward_mean"], scale["reward_std"]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in (mean, std)) or std <= 0:
+        fix = "train it with num_normalization_samples, or score without normalize"
+        raise InputError(f"'{name}' has no reward_mean and positive reward_std in its {file}; {fix}")
+    return scale

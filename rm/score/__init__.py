@@ -1,2 +1,3 @@
-from rm.score.loading import load_scorer as load_scorer
-from rm.score.scorer import score_trees as score_trees
+"""Scoring from Python: `from rm.score import load_scorer`."""
+
+from rm.score.scorer import Scorer as load_scorer  # noqa: F401

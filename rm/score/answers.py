@@ -1,112 +1,125 @@
-"""Lines of JSON to the records that answer them: rewards, or what is wrong with the line."""
+"""Inputs to the records that answer them, and the file of records, which a later start continues."""
 
 from __future__ import annotations
 
-import logging
+import fcntl
+import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from rm.collate import Tree
-from rm.data.items import ItemError, form_of
-from rm.score.inputs import parse_line
+from rm.config.errors import InputError
+from rm.data.formats import RowError
+from rm.data.tokenize import Tree
+from rm.score.inputs import keys_of
 from rm.score.scorer import Scorer
-
-logger = logging.getLogger(__name__)
 
 NUMBERS = "reward rewards reward_chosen reward_rejected margin p_chosen".split()
 KEYS = [*NUMBERS, "line", "best", "best_response", "data_margin", "error"]  # of what is written
+START = b'{"line": '  # of every line that is written
 
 
 def answer_lines(
-    scorer: Scorer, lines: Sequence[tuple[int, bytes | None]], only_rewards: bool = False
+    scorer: Scorer, lines: Sequence[tuple[int, Any]], only_rewards: bool = False
 ) -> list[tuple[dict[str, Any], int]]:
-    """For each line (its number, and what it holds) the record to write, and the tokens that it took.
+    """For each line (its number, and its JSON object or a `RowError`) the record to write, and the tokens it took.
 
-    The record is that of `answer`; of what could not be scored the line, the id if it has one, and why.
+    Of an input that cannot be scored the record has the line, the id if there is one, and the error.
     """
-    items = []
-    for number, line in lines:
-        try:
-            items.append(parse_line(number, line))
-        except ItemError as error:
-            items.append(error)
-    encoded = iter(scorer.encode([item for item in items if not isinstance(item, ItemError)]))
-    trees = [item if isinstance(item, ItemError) else next(encoded) for item in items]
-    scored = iter(_score(scorer, [tree for tree in trees if isinstance(tree, Tree)]))
-    records = []
-    for (number, _), item, tree in zip(lines, items, trees, strict=True):
+    trees = scorer.encode([record for _, record in lines])
+    scored = iter(scorer.score([tree for tree in trees if isinstance(tree, Tree)]))
+    answered = []
+    for (number, record), tree in zip(lines, trees, strict=True):
         rewards = next(scored) if isinstance(tree, Tree) else tree
-        if not isinstance(rewards, ItemError) and not np.isfinite(rewards).all():
-            rewards = ItemError("the reward is not finite")
-        if isinstance(rewards, ItemError):
-            own = {"id": item["id"]} if isinstance(item, dict) and "id" in item else {}
-            records.append(({"line": number, **own, "error": str(rewards)[:500]}, 0))
+        if not isinstance(rewards, RowError) and not np.isfinite(rewards).all():
+            rewards = RowError("the reward is not finite")
+        if isinstance(rewards, RowError):
+            own = {"id": record["id"]} if isinstance(record, dict) and "id" in record else {}
+            answered.append(({"line": number, **own, "error": str(rewards)[:500]}, 0))
         else:
-            std = scorer.scale[1] if scorer.scale else 1.0
-            records.append((answer(number, item, rewards, std=std, only_rewards=only_rewards), len(tree)))
-    return records
+            answered.append((answer(number, record, rewards, scorer.std, only_rewards), len(tree)))
+    return answered
 
 
-def _score(scorer: Scorer, trees: list[Tree]) -> list[np.ndarray | ItemError]:
-    """The rewards of each tree. Out of memory: in two parts, until one alone does not fit."""
-    try:
-        return scorer.score(trees)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
-            raise
-    clear_device_cache()
-    if len(trees) == 1:
-        return [ItemError(f"out of memory with {len(trees[0])} tokens; give a smaller micro_batch_tokens")]
-    logger.warning("out of memory: scored in smaller parts; a smaller micro_batch_tokens saves the attempt")
-    half = len(trees) // 2
-    return _score(scorer, trees[:half]) + _score(scorer, trees[half:])
+def answer(number: int, record: dict, rewards: np.ndarray, std: float = 1.0, only_rewards: bool = False) -> dict:
+    """The record of an input: its line, its own keys (or its id alone), and the rewards.
 
-
-def answer(
-    number: int, item: dict, rewards: np.ndarray, *, std: float = 1.0, only_rewards: bool = False
-) -> dict[str, Any]:
-    """What is written for an item: its line, its own keys (or its id alone), and by what it is
-
-    one sequence: reward. N answers: rewards, best (the first index, from 0, of the highest) and best_response. A pair:
-    reward_chosen, reward_rejected, margin (their difference) and p_chosen, sigmoid of the margin as the model gives it,
-    which is `std` times the one here. A margin of the item's own becomes data_margin; else its keys of these names go.
+    One sequence: reward. N answers: rewards, best (the first index, from 0, of the highest) and best_response. A pair:
+    reward_chosen, reward_rejected, margin (their difference) and p_chosen (sigmoid of the margin times `std`). The
+    input's own margin becomes data_margin; its other keys of these names are left out.
     """
-    values = [float(str(np.float32(reward))) for reward in rewards]  # as few digits as tell float32 numbers apart
-    record = {key: value for key, value in item.items() if key not in KEYS and (key == "id" or not only_rewards)}
-    form = form_of(item)
-    if form == "single":
-        record |= {"reward": values[0]}
-    elif form == "answers":
+    values = [_rounded(reward) for reward in rewards]
+    own = {key: value for key, value in record.items() if key not in KEYS and (key == "id" or not only_rewards)}
+    if keys_of(record) == ("prompt", "responses"):
         best = int(np.argmax(values))
-        record |= {"rewards": values, "best": best, "best_response": item["responses"][best]}
+        found = {"rewards": values, "best": best, "best_response": record["responses"][best]}
+    elif len(values) == 1:
+        found = {"reward": values[0]}
     else:
         margin = float(rewards[0] - rewards[1])
-        shown = {"reward_chosen": values[0], "reward_rejected": values[1], "margin": float(str(np.float32(margin)))}
-        p_chosen = 0.5 * (1 + math.tanh(margin * std / 2))
-        given = {"data_margin": item["margin"]} if "margin" in item and not only_rewards else {}
-        record |= given | shown | {"p_chosen": float(str(np.float32(p_chosen)))}
-    return {"line": number} | record
+        found = {"data_margin": record["margin"]} if "margin" in record and not only_rewards else {}
+        found |= {"reward_chosen": values[0], "reward_rejected": values[1], "margin": _rounded(margin)}
+        found["p_chosen"] = _rounded(0.5 * (1 + math.tanh(margin * std / 2)))
+    return {"line": number} | own | found
 
 
-def is_same(before: dict[str, Any], now: dict[str, Any], scorer: Scorer) -> bool:
-    """Whether two records answer one line alike, but for the rounding of rewards; an error may have been of memory."""
-    if "error" in before:
-        return True
-    return set(before) == set(now) and all(_is_close(before[key], now[key], key, scorer) for key in before)
+def _rounded(value: float) -> float:
+    """With as few digits as distinguish float32 numbers."""
+    return float(str(np.float32(value)))
 
 
-def _is_close(before: Any, now: Any, key: str, scorer: Scorer) -> bool:
-    if key in ("best", "best_response"):  # near ties
-        return True
-    if key not in NUMBERS:
-        return before == now
-    try:
-        difference = np.abs(np.subtract(before, now))
-        allowed = 2 * scorer.tolerance * np.maximum(1, np.abs(now)) * max(1, 1 / scorer.scale[1] if scorer.scale else 1)
-        return bool((difference <= allowed).all())
-    except (ValueError, TypeError):
-        return False
+def to_line(record: dict[str, Any]) -> bytes:
+    """A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------------- the file of records
+
+
+@contextmanager
+def open_output(path: Path) -> Iterator[tuple[BinaryIO, dict[str, Any] | None]]:
+    """An output to append to, locked and truncated after its last complete line; and its last record, or None.
+
+    Raises:
+        InputError: it has something else than records of `rm.score`, or another program writes it.
+    """
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another program is writing it; give another --output") from None
+        file.seek(0)
+        end, last = 0, b""
+        for line in file:
+            if line[: len(START)] != START[: len(line)]:
+                raise InputError(f"{path}: has something else than rewards; give another --output, or remove it")
+            if line.endswith(b"\n"):
+                end, last = end + len(line), line
+        file.truncate(end)
+        yield file, json.loads(last) if last else None
+
+
+def skip_answered(scorer: Scorer, lines: Iterator, last: dict[str, Any], path: Path, only_rewards: bool) -> None:
+    """Read the lines up to the one that `last` answers; that one is scored again and compared.
+
+    Rewards may differ by rounding, so that the best answer may too.
+
+    Raises:
+        InputError: the output is not of this input, model and options.
+    """
+    number, record = next(((n, r) for n, r in lines if n >= last["line"]), (None, None))
+    again = answer_lines(scorer, [(number, record)], only_rewards)[0][0] if number == last["line"] else {}
+    tolerance = 2 * scorer.tolerance * max(1, 1 / scorer.std)
+    is_same = last.keys() == again.keys() and all(
+        np.allclose(last[key], again[key], rtol=tolerance, atol=tolerance)
+        if key in NUMBERS
+        else last[key] == again[key]
+        for key in last.keys() - {"best", "best_response"}
+    )
+    if not is_same:
+        fix = "it is of another input, model or options; give another --output, or remove it"
+        raise InputError(f"{path}: line {last['line']} of the input would have another answer now; {fix}")

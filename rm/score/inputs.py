@@ -1,39 +1,137 @@
-"""JSON lines that are too many for memory: read one by one, and answered in a file that a later start goes on with."""
+"""Inputs that can be scored, to trees of token ids; and JSON lines, which may be too many for memory.
+
+An input is a dict. The first of these sets of keys that it has decides what it is; other keys are ignored:
+
+    input_ids_chosen, input_ids_rejected    token ids of a pair, as in training (also by the other names of `formats`)
+    input_ids                               token ids of one sequence
+    chosen, rejected, perhaps prompt        a pair, in any format of training
+    prompt, responses                       a prompt and N answers
+    prompt, response                        a prompt and one answer
+    messages                                one conversation
+    text                                    one text
+
+Text is scored as text and messages by the chat template, as in training; a prompt and answers of text are messages too
+with `text_as_conversation`. To a prompt of messages an answer may be a message, a list of messages, or text.
+"""
 
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
-import os
-import signal
+import math
 import sys
 import zlib
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from rm.config.errors import InputError
-from rm.data.items import ItemError
+from rm.data.formats import (
+    SIDES,
+    TOKEN_COLUMNS,
+    Encoding,
+    Example,
+    RowError,
+    describe,
+    make_example,
+    stored_ids,
+    template_variables,
+)
 from rm.data.load import one_line
+from rm.data.render import is_blank
+from rm.data.tokenize import Tree, encode_examples, make_tree, truncate_left
 
-START = b'{"line": '  # of every line that is written
-MAX_LINE = 64 << 20  # bytes; a longer line is not read
-NUM_CHECKED = 4  # lines at each end of an output that are compared with what would be written now
+MASKS = {  # keys of token ids -> those of their attention masks
+    **TOKEN_COLUMNS,
+    ("input_ids",): ("attention_mask",),
+}
+FORMS = [*MASKS, SIDES, ("prompt", "responses"), ("prompt", "response"), ("messages",), ("text",)]
 
 
-class Stopped(BaseException):
-    """A signal asked to stop; no `Exception`, so that nothing on the way catches it. `args[0]` is its number."""
+def keys_of(record: Any) -> tuple[str, ...]:
+    """Which of `FORMS` an input is. Raises `RowError`."""
+    if type(record) is not dict:
+        raise RowError(f"is {describe(record)}, expected an object with keys")
+    for keys in FORMS:
+        if all(record.get(key) is not None for key in keys):
+            return keys
+    given = ", ".join(key for key, value in record.items() if value is not None)[:200] or "none"
+    fix = "give text, messages, prompt and response or responses, or chosen and rejected"
+    raise RowError(f"nothing to score (keys that are not null: {given}); {fix}")
 
 
-# ---------------------------------------------------------------- what comes in
+def read_input(record: Any, encoding: Encoding) -> Example:
+    """The example of an input, without comparisons. Raises `RowError`."""
+    keys = keys_of(record)
+    if keys in MASKS:
+        named = zip(keys, MASKS[keys], strict=True)
+        ids = [stored_ids(record[key], record.get(mask), key, encoding.vocab_size) for key, mask in named]
+        return Example("tokens", None, ids, keys)
+    prompt, names = record.get("prompt"), [key for key in keys if key != "prompt"]
+    answers = [record[key] for key in names]
+    if keys == ("prompt", "responses"):
+        answers = record["responses"]
+        if type(answers) is not list or not answers:
+            problem = "an empty list" if answers == [] else describe(answers)
+            raise RowError(f"'responses' is {problem}, expected a list of one answer or more")
+        names = [f"responses[{i}]" for i in range(len(answers))]
+    elif keys in (("text",), ("messages",)):
+        prompt, kind = None, str if keys == ("text",) else list
+        if type(answers[0]) is not kind:
+            expected = "text" if kind is str else "a list of messages"
+            raise RowError(f"{keys[0]!r} is {describe(answers[0])}, expected {expected}")
+    example = make_example(prompt, dict(zip(names, answers, strict=True)), encoding.text_as_conversation)
+    for name, answer in zip(names, example.answers, strict=True):
+        if is_blank(answer):
+            raise RowError(f"{name!r} is blank")
+    if example.kind == "conversation":
+        example.variables = template_variables(record, encoding.chat_template_kwargs)
+    return example
+
+
+def encode_inputs(
+    records: Sequence[Any], tokenizer: Any, encoding: Encoding, max_positions: int | None = None
+) -> list[Tree | RowError]:
+    """Each input's sequences as a tree, their common prefix once; or what is wrong with it.
+
+    `encoding.max_length` and `max_positions` (of the model) limit the tokens of a sequence; a longer one is an error,
+    or truncated (`encoding.overlength`).
+    """
+    examples: list[Example | RowError] = []
+    for record in records:
+        try:
+            if isinstance(record, RowError):
+                raise record
+            example = read_input(record, encoding)
+            if example.kind == "conversation" and not tokenizer.chat_template:
+                raise RowError("messages need a chat template, and the model's tokenizer has none; give text")
+            examples.append(example)
+        except RowError as error:
+            examples.append(error)
+    trees: list[Tree | RowError] = []
+    for example, sequences in zip(examples, encode_examples(examples, tokenizer, encoding), strict=True):
+        try:
+            trees.append(_tree(example, sequences, tokenizer.bos_token_id, encoding, max_positions))
+        except RowError as error:
+            trees.append(error)
+    return trees
+
+
+def _tree(example: Example, sequences: Any, bos: int | None, encoding: Encoding, max_positions: int | None) -> Tree:
+    if isinstance(sequences, RowError):
+        raise sequences
+    limit = min(encoding.max_length or math.inf, max_positions or math.inf)
+    for name, ids in zip(example.names, sequences, strict=True):
+        if not len(ids):
+            raise RowError(f"{name!r} has no tokens")
+        if len(ids) > limit and encoding.overlength == "drop":
+            whose = "max_length allows" if limit == encoding.max_length else "the model has positions for"
+            raise RowError(f"{name!r} has {len(ids)} tokens, {whose} {limit}; overlength=truncate_left cuts the start")
+    if max(map(len, sequences)) > limit:
+        sequences = truncate_left(sequences, int(limit), bos)
+    return make_tree(sequences)
+
+
+# ---------------------------------------------------------------- lines
 
 
 def open_input(path: str | None) -> tuple[BinaryIO, BinaryIO]:
@@ -44,152 +142,29 @@ def open_input(path: str | None) -> tuple[BinaryIO, BinaryIO]:
     return (gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw), raw
 
 
-def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, line) of every line that is not blank; None for a line longer than `MAX_LINE`.
+def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
+    """(number from 1, the JSON object in it or a `RowError`) of every line that is not blank.
 
     Raises:
-        InputError: the compressed file is broken, or the disk; after the lines that could be read.
+        InputError: the compressed file is broken, or the disk.
     """
     number = 0
     try:
-        while line := stream.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) <= MAX_LINE:
-                if line.strip():
-                    yield number, line
-                continue
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(MAX_LINE)
-            yield number, None
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, _parse(line)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{name}: cannot be read after line {number}: {one_line(error)}") from error
 
 
-def windows(lines: Iterator[tuple[int, bytes | None]], size: int) -> Iterator[list[tuple[int, bytes | None]]]:
-    """So many lines at a time; what was read before an error comes before the error."""
-    window, problem = [], None
-    while problem is None:
-        try:
-            window = []
-            for line in itertools.islice(lines, size):
-                window.append(line)
-        except InputError as error:
-            problem = error
-        if window:
-            yield window
-        elif problem is None:
-            return
-    raise problem
-
-
-def parse_line(number: int, line: bytes | None) -> dict:
-    """The JSON object in a line. Raises `ItemError`."""
-    if line is None:
-        raise ItemError(f"the line is longer than {MAX_LINE >> 20} MiB")
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+def _parse(line: bytes) -> dict | RowError:
+    def reject(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
 
     try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=refuse)
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=reject)
     except UnicodeDecodeError as error:
-        raise ItemError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+        return RowError(f"not UTF-8: {error.reason} at byte {error.start}")
     except (ValueError, RecursionError) as error:
-        raise ItemError(f"not JSON: {error}") from None
-    if type(record) is not dict:
-        raise ItemError("not a JSON object with keys")
-    return record
-
-
-# ---------------------------------------------------------------- what goes out
-
-
-def to_line(record: dict[str, Any]) -> bytes:
-    try:
-        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can escape
-        return (json.dumps(record) + "\n").encode()
-
-
-def read_output(path: Path) -> tuple[int, int, list[dict]]:
-    """Bytes in whole lines of an output and in all of it (0 if there is none), and its first and last few records.
-
-    Raises:
-        InputError: they are not what `rm.score` writes.
-    """
-    end, size, count, first, last = 0, 0, 0, [], deque(maxlen=NUM_CHECKED)
-    fix = "give another --output, or remove it"
-    if path.exists():
-        with open(path, "rb") as file:
-            for line in file:
-                size += len(line)
-                if line.endswith(b"\n"):
-                    end += len(line)
-                    (first if count < NUM_CHECKED else last).append(line)
-                    count += 1
-                elif line[: len(START)] != START[: len(line)]:  # torn lines of ours begin so; others' are not cut
-                    raise InputError(f"{path}: holds something else than the rewards of earlier lines; {fix}")
-    records, before = [], 0
-    for line in (*first, *last):
-        try:
-            record = json.loads(line)
-            number = record["line"]
-            assert type(number) is int and number > before
-        except (ValueError, TypeError, KeyError, AssertionError):
-            raise InputError(f"{path}: holds something else than the rewards of earlier lines; {fix}") from None
-        records.append(record)
-        before = number
-    if count > before:
-        raise InputError(f"{path}: holds {count} lines, the last of which answers line {before}; {fix}")
-    return end, size, records
-
-
-def open_output(path: Path, end: int, size: int) -> BinaryIO:
-    """The output to append to, cut behind its last whole line, and locked: nobody else appends to it.
-
-    Raises:
-        InputError: another program writes it, or has done so since it had `size` bytes.
-    """
-    file = open(path, "ab", buffering=0)  # noqa: SIM115
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_size != size:
-            raise BlockingIOError
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"{path}: another program is writing it; wait for that, or give another --output") from None
-    file.truncate(end)
-    return file
-
-
-class Signals:
-    """SIGINT and SIGTERM raise `Stopped`, but not inside `held`: after it."""
-
-    def __init__(self):
-        self.is_held, self.received = False, None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _) -> None:
-        if self.received is not None:  # the second one
-            die_of(number)
-        self.received = number
-        if not self.is_held:
-            raise Stopped(number)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        self.is_held = True
-        try:
-            yield
-        finally:
-            self.is_held = False
-        if self.received is not None:
-            raise Stopped(self.received)
-
-
-def die_of(number: int) -> None:
-    """End by the signal, as if nobody had caught it: a shell sees 128 + its number."""
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+        return RowError(f"not JSON: {error}")
+    return record if type(record) is dict else RowError("not a JSON object with keys")

@@ -1,169 +1,140 @@
-"""Rewards of any number of answers to a prompt, the prompt computed once, in one process."""
+"""A saved reward model, ready to score any number of answers to a prompt, the prompt computed once, in one process."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from rm.collate import Batch, Tree, collate_trees
-from rm.data.items import ItemError, encode_items
-from rm.data.plan import plan_micro_batches
-from rm.forward import resolve_layout, score_batch
-from rm.model.attention import block_size
-from rm.model.precision import cast_weights
-from rm.model.reward_model import RewardModel, max_positions
+from rm.config.errors import InputError
+from rm.config.options import QuantizationOptions, TokenOptions
+from rm.config.section import fields_of
+from rm.data.formats import Encoding, RowError
+from rm.data.tokenize import Tree
+from rm.forward import choose_layout
+from rm.model.load import load_saved_model, load_tokenizer
+from rm.model.precision import cast_weights, is_half_precision, set_tf32
+from rm.model.reward_model import max_positions, unwrapped
+from rm.model.saved import RENDERED, conversations_from_text, read_result, read_scale, recorded_config
+from rm.score.inputs import encode_inputs, read_input
+from rm.score.rewards import TreeList, score_prompts
 
+logger = logging.getLogger(__name__)
+
+ACCEPTED = (*fields_of(TokenOptions), *fields_of(QuantizationOptions), "dtype", "trust_remote_code")
+ACCEPTED += ("micro_batch_tokens", "layout", "mixed_precision", "eval_dtype", "tf32")
 TREE_TOKENS = 512  # 30 answers of 60 tokens to a prompt of 120, SmolLM2 on a CPU: 0.87 of the time of one tree
 
 
-@torch.no_grad()
-def score_trees(
-    model: nn.Module,
-    trees: Sequence[Tree],
-    *,
-    layout: str,
-    micro_batch_tokens: int,
-    pad_token_id: int,
-    device: torch.device,
-) -> list[np.ndarray]:
-    """Rewards of the N sequences of every tree, float32 [N] each, in the order given.
-
-    Args:
-        model: a `RewardModel`, prepared or not; it is put into eval mode for the call.
-        trees: a common prompt and its answers, as token ids (`Tree(prompt, answers)`); N may differ from tree to tree.
-        layout: "shared_prefix" or "concatenated"; `rm.forward.resolve_layout` says which the model can do.
-        micro_batch_tokens: padded tokens of one forward pass; a larger tree runs alone.
-    """
-    if not trees:
-        return []
-    sizes = [len(tree) for tree in trees]
-    if layout == "concatenated":
-        sizes = [len(tree.branches) * (len(tree.prefix) + max(map(len, tree.branches))) for tree in trees]
-    indices, block = np.arange(len(trees)), block_size(model)
-    (plan,) = plan_micro_batches(indices, np.asarray(sizes), layout, micro_batch_tokens, block_size=block)
-    rewards: list[np.ndarray] = [np.empty(0)] * len(trees)
-    was_training, empty = model.training, torch.zeros(0)
-    model.eval()
-    for micro_batch in plan:
-        rows = [[trees[i] for i in row] for row in micro_batch.rows]
-        tensors = collate_trees(rows, layout, pad_token_id, micro_batch.pad_to_multiple_of)
-        batch = Batch(**tensors, margin_B=empty, weight_B=empty, index_B=empty).to(device)
-        scored = score_batch(model, batch).view(len(batch.end_row_N), -1)[:, 0].cpu().numpy()  # the first output
-        order = [i for row in micro_batch.rows for i in row]
-        ends = np.cumsum([len(trees[i].branches) for i in order])
-        for i, values in zip(order, np.split(scored, ends[:-1]), strict=True):
-            rewards[i] = values
-    model.train(was_training)
-    return rewards
-
-
 class Scorer:
-    """A reward model in eval mode on its device, with all that decides how an item becomes tokens.
+    """A saved reward model: `load_scorer("runs/my_run").rewards([{"prompt": …, "responses": […]}])`.
+
+    It is on the accelerator if there is one. The rewards are those of `rm.evaluate`: the options are those of the run's
+    config.yaml (of a model from elsewhere: the defaults).
 
     Args:
-        model: not prepared by Accelerate.
-        layout: as configured; "shared_prefix" is proved on random tokens here (`InputError`).
-        tolerance: of that proof.
-        autocast: type of Accelerate's mixed precision; None: off.
-        weights: type that the weights are cast to (`eval_dtype`). None: as they are.
-        scale: mean and standard deviation, with which rewards are given as (r - mean) / std. None: as they are.
-        encoding: the options of `rm.data.items.encode_items`.
+        model: the output folder of a run, or a hub name.
+        normalize: return (r - mean) / std, with the moments of the rewards of answers of the training set.
+        options: of `RewardConfig` (`ACCEPTED`). Without `max_length` only the model's positions limit
+            a sequence; without `micro_batch_tokens` it is twice the training's, or its `eval_micro_batch_tokens`.
+
+    Raises:
+        InputError: one line.
     """
 
-    def __init__(
-        self,
-        model: RewardModel,
-        tokenizer: Any,
-        *,
-        device: torch.device,
-        layout: str = "auto",
-        tolerance: float = 1e-4,
-        micro_batch_tokens: int = 16384,
-        autocast: torch.dtype | None = None,
-        weights: str | None = None,
-        scale: tuple[float, float] | None = None,
-        **encoding: Any,
-    ):
-        is_placed = getattr(model.bare, "is_quantized", False)  # bitsandbytes chose the device
-        self.model = model.eval() if is_placed else model.eval().to(device)
-        self.tokenizer, self.device, self.autocast, self.scale = tokenizer, device, autocast, scale
-        self.micro_batch_tokens, self.tolerance = micro_batch_tokens, tolerance
-        self.encoding = encoding | {"max_positions": max_positions(model)}
-        proof = _random_pairs(tokenizer)
-        self.layout, self.reason = resolve_layout(
-            layout, model, proof, range(len(proof)), tokenizer.pad_token_id, device, tolerance=tolerance
+    def __init__(self, model: str, *, normalize: bool = False, **options: Any):
+        if unknown := [name for name in options if name not in ACCEPTED]:
+            raise InputError(f"{unknown[0]}: has no effect in scoring; there are {', '.join(ACCEPTED)}")
+        config = recorded_config(model, {"dataset_name": "toy"} | options)  # no data set is read
+        set_tf32(config.tf32)
+        self.name, self.tokenizer = model, load_tokenizer(config)
+        self.model = load_saved_model(model, self.tokenizer, config).eval()
+        scale = read_scale(model, self.model) if normalize else {"reward_mean": 0.0, "reward_std": 1.0}
+        self.mean, self.std = scale["reward_mean"], scale["reward_std"]
+        as_conversation, why = conversations_from_text(config, self.tokenizer)
+        if self.tokenizer.chat_template:
+            logger.info(RENDERED, "conversations" if as_conversation else "text", why)
+        self.encoding = Encoding(
+            add_eos=config.add_eos,
+            text_as_conversation=as_conversation,
+            chat_template_kwargs=config.chat_template_kwargs or {},
+            max_length=config.max_length if "max_length" in options else None,
+            overlength=config.overlength if "overlength" in options else "drop",
+            vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
         )
+        self.micro_batch_tokens = config.micro_batch_tokens
+        if "micro_batch_tokens" not in options:
+            self.micro_batch_tokens = config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens
+        has_accelerator = torch.accelerator.is_available()
+        self.device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
+        if not getattr(unwrapped(self.model.classifier), "is_quantized", False):  # bitsandbytes chose the device
+            self.model = self.model.to(self.device)
+        self.max_positions = max_positions(self.model.config)
+        self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+        self.tolerance = 5e-2 if is_half_precision(self.model, config.mixed_precision, config.tf32) else 1e-4
+        trees, pad = _random_trees(self.tokenizer), self.tokenizer.pad_token_id
+        self.layout = choose_layout(config.layout, self.model, trees, pad, self.tolerance)
         self._cast = ExitStack()  # for as long as the scorer lives
-        self._cast.enter_context(cast_weights(model, weights))
+        self._cast.enter_context(cast_weights(self.model, config.eval_dtype))
 
-    def rewards(self, items: Sequence[dict]) -> list[np.ndarray]:
-        """The rewards of each item's answers, float64 [1], [N] or [2] (chosen, rejected); see `rm.items`.
+    def rewards(self, records: Sequence[dict]) -> list[np.ndarray]:
+        """The rewards of each input's answers, float64 [1], [N] or [2] (chosen, rejected); see `rm.score.inputs`.
 
         Raises:
-            ItemError: an item cannot be scored; names its index.
+            InputError: an input cannot be scored; names its index.
         """
-        trees = self.encode(items)
+        trees = self.encode(records)
         for i, tree in enumerate(trees):
-            if isinstance(tree, ItemError):
-                raise ItemError(f"item {i}: {tree}")
+            if isinstance(tree, RowError):
+                raise InputError(f"input {i}: {tree}")
         return self.score(trees)
 
-    def encode(self, items: Sequence[Any]) -> list[Tree | ItemError]:
-        """Each item's token ids, or what is wrong with it."""
-        return encode_items(items, self.tokenizer, **self.encoding)
+    def encode(self, records: Sequence[Any]) -> list[Tree | RowError]:
+        """Each input's token ids, or what is wrong with it."""
+        return encode_inputs(records, self.tokenizer, self.encoding, self.max_positions)
+
+    def warn_of_kind(self, records: Sequence[Any]) -> None:
+        """Warn if the inputs are texts for a model that was trained on conversations alone, or the other way round."""
+        formats = str(read_result(self.name, "data", "train", "format") or "").split(", ")
+        trained = {"tokens" if name == "tokenized" else name.split("_")[0] for name in formats}
+        for record in records if trained in ({"text"}, {"conversation"}) else ():
+            with suppress(RowError):
+                if (kind := read_input(record, self.encoding).kind) not in trained | {"tokens"}:
+                    logger.warning(f"inputs are {kind}, and the model was trained on {trained.pop()}")
+                    return
 
     def score(self, trees: Sequence[Tree]) -> list[np.ndarray]:
-        """The rewards of each tree's sequences, float64 [N], in the order given."""
-        pieces = [piece for tree in trees for piece in self._cut(tree)]
-        autocast = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
-        with autocast:
-            scored = score_trees(
-                self.model,
-                pieces,
-                layout=self.layout,
-                micro_batch_tokens=self.micro_batch_tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
-                device=self.device,
-            )
-        ends = np.cumsum([len(tree.branches) for tree in trees])
-        rewards = np.concatenate([*scored, np.empty(0)]).astype(np.float64)
-        if self.scale is not None:
-            rewards = (rewards - self.scale[0]) / self.scale[1]
-        return np.split(rewards, ends[:-1]) if len(trees) else []
+        """The rewards of each tree's answers, float64 [N]."""
+        if not trees:
+            return []
+        pieces = TreeList([piece for tree in trees for piece in self._split(tree)])
+        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+            scored = score_prompts(self.model, pieces, self.layout, self.micro_batch_tokens)
+        rewards = (np.concatenate(scored) - self.mean) / self.std
+        return np.split(rewards, np.cumsum([len(tree.answers) for tree in trees])[:-1])
 
-    def _cut(self, tree: Tree) -> list[Tree]:
-        """The tree in several, each with its prompt, so that one fits into a forward pass if a single answer does.
+    def _split(self, tree: Tree) -> list[Tree]:
+        """The tree as several, each with its prefix, so that one fits into a forward pass if a single answer does.
 
         A kernel that computes a tree's whole square, though no answer sees another one, gets trees of `TREE_TOKENS`,
-        or of twice the prompt.
+        or of twice the prefix.
         """
-        limit = self.micro_batch_tokens
-        if (block_size(self.model) or 1) == 1:
-            limit = min(limit, max(TREE_TOKENS, 2 * len(tree.prefix)))
-        cuts, size = [[]], 0
-        for branch in tree.branches:
-            if cuts[-1] and len(tree.prefix) + size + len(branch) > limit:
-                cuts.append([])
-                size = 0
-            cuts[-1].append(branch)
-            size += len(branch)
-        return [Tree(tree.prefix, branches) for branches in cuts]
+        limit = min(self.micro_batch_tokens, max(TREE_TOKENS, 2 * len(tree.prefix)))
+        parts = [Tree(tree.prefix, [])]
+        for answer in tree.answers:
+            if parts[-1].answers and len(parts[-1]) + len(answer) > limit:
+                parts.append(Tree(tree.prefix, []))
+            parts[-1].answers.append(answer)
+        return parts
 
 
-def _random_pairs(tokenizer: Any, num_pairs: int = 4) -> Any:
-    """Pairs of random ordinary tokens, to prove the layout on: as `rm.collate.collate` reads them."""
-    from datasets import Dataset
-
+def _random_trees(tokenizer: Any, count: int = 4) -> TreeList:
+    """Pairs of random ordinary tokens, on which the layout is verified."""
     ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     vocabulary, rng = np.array(sorted(ordinary) or [tokenizer.pad_token_id]), np.random.default_rng(0)
-    rows = []
-    for number in range(num_pairs):
-        prefix, chosen, rejected = (rng.choice(vocabulary, n).tolist() for n in (20 + number, 8, 5 + number))
-        sides = {"input_ids_chosen": prefix + chosen, "input_ids_rejected": prefix + rejected}
-        rows.append(sides | {"prefix_length": len(prefix), "margin": 0.0})
-    return Dataset.from_list(rows).with_format("numpy")
+    draws = [[rng.choice(vocabulary, n) for n in (20 + i, 8, 5 + i)] for i in range(count)]
+    return TreeList([Tree(prefix, answers) for prefix, *answers in draws])

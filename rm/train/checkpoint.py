@@ -1,26 +1,25 @@
-"""Checkpoints that survive a crash at any moment, and the full state of a model under any engine.
+"""Checkpoints that survive a crash at any moment.
 
-A checkpoint is a folder `step-N`: `model.safetensors` (the trained weights), `optimizer.safetensors` and
-`optimizer.json` (its tensors, and the rest), `state.json` (the step and whatever the loop wants back), and, written
-last, `manifest.json` with the size and sha256 of the others. There is no pickle in it, and no random state: all that is
-random is a function of (seed, step, process). It is written beside its place, flushed to the disk and renamed, so that
-a `step-N` is whole or not there; and read only if every file is as the manifest says.
+A checkpoint is a folder `step-N` of `model.safetensors` (the trained weights), `optimizer.safetensors` and
+`optimizer.json` (its tensors, and the rest), `state.json` (see `TrainState`), and `manifest.json` with the size and
+sha256 of the others. It is read only if every file agrees with the manifest. Under DeepSpeed a folder in its own format
+(with pickles, for the same number of processes) replaces the first three.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, broadcast
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,248 +32,178 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from rm.config.files import GO_ON, fsync, fsync_folder
-from rm.model.quantization import is_quantised
+from rm.config.errors import InputError, RunError
+from rm.config.files import GO_ON
+from rm.config.folders import damage, discard_folder, new_folder, publish_folder
 from rm.train.processes import on_main_process
-from rm.train.zero import gather_state, is_zero, scatter_state
+from rm.train.run_dir import Run
+from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json")
-WRAPPERS = r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\."  # what engines put into the names of weights
+WRAPPERS = r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\."  # prefixes that engines add to the names of weights
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or none that is whole can be read; one line that names the folder and the fix."""
+class CheckpointError(RunError):
+    """A checkpoint cannot be written, or does not fit this model; one line that names the folder and the fix."""
 
 
-# ---------------------------------------------------------------------------------------------- files
+class Checkpoints:
+    """Saves and loads the checkpoints of a run. All methods are collective."""
+
+    def __init__(self, run: Run, accelerator: Accelerator, model: nn.Module, optimizer: Any, state: TrainState):
+        self.run, self.accelerator, self.model, self.state = run, accelerator, model, state
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
+        self.is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.saved_step: int | None = None
+
+    def resume(self) -> None:
+        """Load the checkpoint that the run resumes from, if there is one. Raises `InputError` if it does not fit."""
+        if self.run.checkpoint is None:
+            return
+        processes = self.run.checkpoint_state["deepspeed_processes"]
+        if processes != (self.accelerator.num_processes if self.is_deepspeed else None):
+            how = f"with {processes} processes under DeepSpeed" if processes else "without DeepSpeed"
+            raise InputError(f"{self.run.checkpoint} was written {how}; resume it in the same way")
+        self._load(self.run.checkpoint, with_optimizer=True)
+        self.state.load_state_dict(self.run.checkpoint_state)
+        self.saved_step = self.state.step
+        logger.info(f"resumed from {self.run.checkpoint}: {self.state.step} steps are done")
+
+    def save(self) -> None:
+        """Write the checkpoint of the current step, then remove the oldest beyond `save_total_limit`.
+
+        Raises `CheckpointError` on every process if it cannot be written; the earlier ones are intact.
+        """
+        final = self.run.folder / "checkpoints" / f"step-{self.state.step}"
+        state = self.state.state_dict() | {"content": self.run.content, "config": self.run.record}
+        state |= {"format": 2, "deepspeed_processes": self.accelerator.num_processes if self.is_deepspeed else None}
+
+        def start() -> Path:
+            with writing(final):
+                return new_folder(final)
+
+        def publish() -> None:
+            with writing(final):
+                if not self.is_deepspeed:
+                    tensors, rest = split_moments(moments)
+                    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors")
+                    save_file({name: m.contiguous() for name, m in tensors.items()}, folder / "optimizer.safetensors")
+                    (folder / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
+                (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+                publish_folder(folder, self.run.file(f"checkpoints/{final.name}"))
+                limit, kept = self.run.config.save_total_limit, self.state.best.step
+                for step, old in self.run.checkpoints()[:-limit] if limit else ():
+                    if step != kept:
+                        discard_folder(old)
+
+        folder = on_main_process(self.accelerator, start)
+        if self.is_deepspeed:
+            options = {"tag": "deepspeed", "save_latest": False, "exclude_frozen_parameters": True}
+            self.model.save_checkpoint(str(folder), **options)
+            self.accelerator.wait_for_everyone()
+        else:
+            weights, moments = trained_weights(self.model), {}
+            if self.optimizer.state:  # it is empty before the first step, and torch would make a step to fill it
+                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+                moments = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        on_main_process(self.accelerator, publish)
+        self.saved_step = self.state.step
+        if self.run.hub:
+            self.run.hub.push_checkpoint(final)  # in the background
+
+    def load_best(self) -> None:
+        """Load the weights of the best evaluation, unless it is the last one."""
+        best = self.state.best
+        if best.step in (None, self.state.step):
+            return
+        folder = self.run.folder / "checkpoints" / f"step-{best.step}"
+        if problem := on_main_process(self.accelerator, lambda: damage(folder, "state.json")):
+            if self.saved_step != self.state.step:
+                self.save()
+            again = f"load_best_model_at_end=false metric_for_best_model={best.metric}"
+            problem = f"the checkpoint of the best evaluation, {folder}, is damaged ({problem})"
+            raise CheckpointError(f"{problem}; resume with {again} to save the last weights")
+        self._load(folder, with_optimizer=False)
+        self.state.evaluation = {"step": best.step, "metrics": best.metrics}
+        value = f"{best.metric} {best.metrics[best.metric]:.4f}"
+        logger.info(f"the weights of the best evaluation, after step {best.step} ({value}), are saved")
+
+    def _load(self, path: Path, with_optimizer: bool) -> None:
+        """Load weights and optimizer state; without DeepSpeed the main process reads them."""
+        if self.is_deepspeed:
+            self.model.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+            return
+        weights, moments = {}, {}
+
+        def read() -> bool:
+            try:
+                weights.update(load_file(path / "model.safetensors"))
+                rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
+                if rest["groups"] and with_optimizer:
+                    moments.update(join_moments(load_file(path / "optimizer.safetensors"), rest, self.optimizer))
+            except (OSError, SafetensorError, ValueError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from None
+            if missing := sorted(set(trained_parameters(self.model)) - weights.keys()):
+                raise CheckpointError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
+            return bool(moments)
+
+        has_moments = on_main_process(self.accelerator, read)
+        options = {"full_state_dict": True, "broadcast_from_rank0": self.accelerator.num_processes > 1}
+        if is_sharded(self.model):
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # the outermost weights stay unsharded after a forward pass
+        if has_moments:  # before the weights: torch may make a step to create the optimizer state
+            set_optimizer_state_dict(self.model, self.optimizer, moments, options=StateDictOptions(**options))
+        if is_sharded(self.model):  # strict: frozen weights are not in the checkpoint
+            set_model_state_dict(self.model, weights, options=StateDictOptions(**options, strict=False))
+            return
+        with torch.no_grad():
+            for name, p in trained_parameters(self.model).items():
+                if self.accelerator.is_main_process:
+                    p.copy_(weights[name])
+                broadcast(p.data)
 
 
-def digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def write_folder(final: Path, write: Callable[[Path], None]) -> None:
-    """Have `write(folder)` fill a folder, add the manifest, and put it at `final` in one move. Raises OSError."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+@contextmanager
+def writing(final: Path) -> Iterator[None]:
+    """Raise a failure to write the checkpoint `final` as `CheckpointError`, and remove what is there of it."""
     try:
-        partial.mkdir(parents=True)
-        write(partial)
-        files = sorted(partial.iterdir())
-        (partial / MANIFEST).write_text(json.dumps({path.name: digest(path) for path in files}, indent=2))
-        fsync_folder(partial)
-        partial.rename(final)
-        fsync(final.parent)
-        fsync(final.parent.parent)
-    except BaseException:  # also Ctrl-C
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(final.with_name(f".{final.name}.partial"), ignore_errors=True)
+        intact = f"the earlier ones are intact: {GO_ON}"
+        raise CheckpointError(f"{final} could not be written ({str(error).splitlines()[0]}); {intact}") from None
 
 
-def copy_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint into `folder`, whole or not at all."""
-
-    def write(partial: Path) -> None:
-        for name in FILES:
-            shutil.copyfile(checkpoint / name, partial / name)
-
-    write_folder(folder / checkpoint.name, write)
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def discard(folder: Path) -> None:
-    """Remove a checkpoint, so that at no moment a half of it stands there."""
-    shutil.rmtree(going := folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
-    folder.rename(going)
-    shutil.rmtree(going)
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights on the CPU, without prefixes of the engine; empty on the other processes under FSDP. Collective."""
+    if is_sharded(model):
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {re.sub(WRAPPERS, "", name): w.detach().cpu() for name, w in model.state_dict().items()}
 
 
-def set_aside(folder: Path) -> None:
-    """Rename `step-N` to `step-N.replaced`, which nothing reads."""
-    shutil.rmtree(aside := folder.with_name(f"{folder.name}.replaced"), ignore_errors=True)
-    folder.rename(aside)
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """`full_weights` without the frozen ones. Collective."""
+    parameters = trained_parameters(model)
+    if not is_sharded(model):
+        return {name: p.detach().cpu() for name, p in parameters.items()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return {name: w for name, w in get_model_state_dict(model, options=options).items() if name in parameters}
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if they are all as its manifest says."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        for name in sorted({*FILES, *manifest}):
-            if name not in manifest:
-                return f"{MANIFEST} does not name {name}"
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if (size := (folder / name).stat().st_size) != manifest[name]["size"]:
-                return f"{name} has {size} bytes instead of {manifest[name]['size']}"
-            if digest(folder / name) != manifest[name]:
-                return f"the content of {name} has changed (sha256)"
-    except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    return None
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained weights by their names without prefixes of the engine; of a weight with two names, one."""
+    return {re.sub(WRAPPERS, "", name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-# ---------------------------------------------------------------------------------------------- which one
-
-
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in `folder`, oldest first; damaged ones are among them."""
-    found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
-    return sorted((step, path) for step, path in found if path.is_dir())
-
-
-def find_checkpoint(name: str, folder: Path) -> Path | None:
-    """The checkpoint that `name` means: a path, or "latest" for the newest whole one in `folder`, None if it has none.
-
-    Raises:
-        CheckpointError: the path is no checkpoint or a damaged one; or all checkpoints in `folder` are damaged.
-    """
-    if name != "latest":
-        if not Path(name).is_dir():
-            raise CheckpointError(f"resume_from_checkpoint={name}: there is no such folder")
-        if problem := damage(Path(name)):
-            raise CheckpointError(f"resume_from_checkpoint={name}: {problem}; `latest` takes the newest that is whole")
-        return Path(name)
-    found = list_checkpoints(folder)
-    for _, path in reversed(found):
-        if not (problem := damage(path)):
-            return path
-        logger.warning(f"{path} is damaged and left out: {problem}")
-    if found:
-        fix = "bring one back from a backup, or start anew (without resume_from_checkpoint, overwrite_output_dir=true)"
-        raise CheckpointError(f"resume_from_checkpoint=latest: all {len(found)} in {folder} are damaged; {fix}")
-    return None
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The `state` that `save_checkpoint` was given."""
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
-
-
-# ---------------------------------------------------------------------------------------------- save and load
-
-
-def full_state_dict(model: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
-    """All weights of a prepared model on the CPU, without the engine's prefixes. Collective; empty off the main process
-    where the engine shards. `trained_only`: without frozen weights."""
-    if is_quantised(model):  # whose state dicts hold more than weights, which torch cannot name; nothing shards them
-        trained = trained_names(model)
-        weights = {re.sub(WRAPPERS, "", name): w.detach().cpu() for name, w in model.state_dict().items()}
-        return {name: w for name, w in weights.items() if not trained_only or name in trained}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    return get_model_state_dict(model, options=options)
-
-
-def trained_names(model: nn.Module) -> set[str]:
-    """The names of the trained weights, without the engine's prefixes."""
-    return {re.sub(WRAPPERS, "", name) for name, p in model.named_parameters() if p.requires_grad}
-
-
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    accelerator: Accelerator,
-    *,
-    save_total_limit: int | None = None,
-    keep_step: int | None = None,
-) -> Path:
-    """Write the trained weights, the optimizer and `state` (JSON with a "step") to `folder/step-N`. Collective.
-
-    When the new one is in place, the oldest beyond `save_total_limit` are removed, but not that of `keep_step`.
-    Raises `CheckpointError` on every process if it cannot be written; the earlier ones are as they were.
-    """
-    moments, options = {}, StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if is_zero(model):
-        weights, moments = gather_state(model)
-    else:
-        trained = trained_names(model)  # of weights with two names one
-        weights = {k: v for k, v in full_state_dict(model, trained_only=True).items() if k in trained}
-        if _bare(optimizer).state:  # before its first step it is empty, and torch would fill it by a step
-            moments = get_optimizer_state_dict(model, _bare(optimizer), options=options)
-    final = folder / f"step-{state['step']}"
-
-    def write(partial: Path) -> None:
-        tensors, rest = _split(moments)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "model.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
-        (partial / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
-        (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-
-    def publish() -> None:
-        try:
-            write_folder(final, write)
-            if save_total_limit is not None:
-                for step, old in list_checkpoints(folder)[:-save_total_limit]:
-                    if step != keep_step:
-                        discard(old)
-        except (OSError, SafetensorError) as error:
-            cause = f"{error}".splitlines()[0]
-            raise CheckpointError(
-                f"{final} could not be written ({cause}); the earlier ones are intact: {GO_ON}"
-            ) from None
-
-    on_main_process(accelerator, publish)
-    return final
-
-
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, accelerator: Accelerator
-) -> None:
-    """Put a checkpoint's weights and optimizer state into a prepared model, of any engine and number of processes.
-
-    Without an `optimizer` the weights alone. Collective; the main process reads and the others get it from there.
-    Raises `CheckpointError` if the checkpoint lacks a trained weight.
-    """
-    bare, weights, moments = _bare(optimizer), {}, {}
-
-    def read() -> bool:
-        try:
-            weights.update(load_file(path / "model.safetensors"))
-            rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-            if rest["groups"] and bare is not None:
-                moments.update(_join(load_file(path / "optimizer.safetensors"), rest, bare))
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} is not a checkpoint of this program: {error}") from None
-        if missing := sorted(trained_names(model) - weights.keys()):
-            raise CheckpointError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
-        return bool(moments)
-
-    has_moments = on_main_process(accelerator, read)
-    if is_zero(model):
-        return scatter_state(model, weights, moments)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass its outermost weights lie about whole
-    options = dict(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
-    if has_moments:  # first, since torch may make room for the moments by a step
-        set_optimizer_state_dict(model, bare, moments, options=StateDictOptions(**options))
-    if is_quantised(model):
-        return _copy_weights(model, weights, accelerator)
-    set_model_state_dict(model, weights, options=StateDictOptions(**options, strict=False))  # frozen ones are not in it
-
-
-@torch.no_grad()
-def _copy_weights(model: nn.Module, weights: dict[str, Tensor], accelerator: Accelerator) -> None:
-    """Copy the main process's `weights` into the trained ones of a model that nothing shards. Collective."""
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            if accelerator.is_main_process:
-                p.copy_(weights[re.sub(WRAPPERS, "", name)])
-            broadcast(p.data)
-
-
-def _bare(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-    return getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper skips steps at times; here none is one
-
-
-def _split(moments: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as (tensors by "weight/name", the rest for JSON); without hyperparameters."""
+def split_moments(moments: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state dict as (tensors by "weight/name", the rest for JSON), without hyperparameters."""
     tensors, rest = {}, {}
     for weight, entries in moments.get("state", {}).items():
         for name, value in entries.items():
@@ -282,8 +211,8 @@ def _split(moments: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"state": rest, "groups": [group["params"] for group in moments.get("param_groups", [])]}
 
 
-def _join(tensors: dict[str, Tensor], rest: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The inverse of `_split`; hyperparameters are those that `optimizer` was made with."""
+def join_moments(tensors: dict[str, Tensor], rest: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The inverse of `split_moments`, with the hyperparameters of `optimizer`."""
     state: dict[str, dict[str, Any]] = {}
     for key, value in {**tensors, **rest["state"]}.items():
         weight, _, name = key.rpartition("/")

@@ -1,145 +1,109 @@
-"""Save the final model so that plain transformers serves it, and check that what was saved gives the same rewards."""
+"""Save the final model for plain transformers, and check that the saved one gives the rewards of the evaluated one."""
 
 from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, pipeline
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
-from rm.config.files import GO_ON, fsync_folder
-from rm.model.adapters import load_trained, merge_trained
-from rm.model.normalization import set_scale
+from rm.config.errors import RunError
+from rm.config.options import RewardConfig
+from rm.model.load import load_saved_classifier, merge_saved_adapter
 from rm.model.reward_model import RewardModel
+from rm.model.saved import set_scale
 
 logger = logging.getLogger(__name__)
 
 
-class ExportError(RuntimeError):
-    """The final model could not be saved, or does not give the rewards of the evaluated one."""
+class ExportError(RunError):
+    """The final model could not be saved, or its rewards differ from those of the evaluated one."""
 
 
 def save_model(
     model: RewardModel,
-    state_dict: dict[str, Tensor],
+    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    output_dir: Path,
-    *,
-    merge_adapter: bool = False,
+    folder: Path,
+    config: RewardConfig,
     scale: dict[str, float | int] | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    quantization_config: BitsAndBytesConfig | None = None,
 ) -> None:
-    """Write model and tokenizer to `output_dir` for `AutoModelForSequenceClassification.from_pretrained`.
+    """Write model and tokenizer to a new folder for `AutoModelForSequenceClassification.from_pretrained`.
+
+    With `merge_adapter` the merged model goes to `folder` and the adapter to `folder/adapter`.
 
     Args:
-        model: the unwrapped `RewardModel`; its own tensors are not read (they may be shards).
-        state_dict: all its weights on the CPU (`rm.train.checkpoint.full_state_dict`).
-        merge_adapter: under PEFT, write the merged weights to `output_dir` and the adapter to `output_dir/adapter`;
-            otherwise the adapter goes to `output_dir`.
-        scale: for the model's config, see `rm.normalization`; None: none, nor that of the model it began with.
-        dtype, quantization_config: of the weights in training. An adapter is merged into weights of that type; after a
-            quantised run into what its quantised weights stand for, and what is written is not quantised.
-
-    Raises:
-        ExportError: the disk is full, or the like.
+        model: unwrapped; its own tensors are not read, since they may be shards.
+        weights: all of them on the CPU (`full_weights`).
+        scale: mean and standard deviation of rewards, for the model's config; None: none, nor that of the base model.
     """
-    state_dict = {name.removeprefix("classifier."): tensor for name, tensor in state_dict.items()}
-    is_adapter = hasattr(model.classifier, "peft_config")
-    folder = output_dir / "adapter" if is_adapter and merge_adapter else output_dir
-    try:
-        patterns = ("*.safetensors*", "adapter*", "config.json")
-        for stale in {path for pattern in patterns for path in output_dir.glob(pattern)}:  # of an overwritten run
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        set_scale(model.config, scale)
-        model.classifier.save_pretrained(folder, state_dict=state_dict)
+    weights = {name.removeprefix("classifier."): tensor for name, tensor in weights.items()}
+    is_merged = config.merge_adapter and hasattr(model.classifier, "peft_config")
+    first = folder / "adapter" if is_merged else folder
+    set_scale(model.config, scale)
+    model.classifier.save_pretrained(first, state_dict=weights)
+    tokenizer.save_pretrained(first)
+    if is_merged:
+        merged = merge_saved_adapter(str(first), tokenizer, config)
+        set_scale(merged.config, scale)
+        merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if is_adapter and merge_adapter:
-            options = dict(dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=quantization_config)
-            merged = merge_trained(str(folder), tokenizer, **options)
-            set_scale(merged.config, scale)
-            merged.save_pretrained(output_dir)
-            tokenizer.save_pretrained(output_dir)
-        for written in {folder, output_dir}:
-            fsync_folder(written)
-    except (OSError, SafetensorError) as error:
-        cause = str(error).splitlines()[0]
-        raise ExportError(f"the model cannot be written to {output_dir} ({cause}); {GO_ON}") from error
+    (folder / "README.md").unlink(missing_ok=True)  # by PEFT; the model card replaces it
 
 
 @torch.no_grad()
 def verify_export(
-    output_dir: Path,
-    sequences: Sequence[np.ndarray],
-    rewards: Sequence[float],
-    *,
-    tolerance: float,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    quantization_config: BitsAndBytesConfig | None = None,
-) -> float:
-    """Reload `output_dir` with plain transformers, score `sequences` again, and return the largest difference.
+    folder: Path, sequences: Sequence[Sequence[int]], rewards: Sequence[float], tolerance: float, config: RewardConfig
+) -> dict[str, float | int]:
+    """Score `sequences` (token ids) with the saved model and compare with `rewards`, those of the evaluated model.
 
-    Twice: token ids in one padded batch through the model, and texts through `pipeline("text-classification")` for the
-    sequences whose text is tokenized back to the same ids.
+    Once as token ids in a padded batch through the model. A whole model is also opened as the model card describes,
+    with `pipeline("text-classification", model=folder)`, and scores the texts that it tokenizes to the same ids.
+    `tolerance` is relative to the largest reward (at least 1).
 
-    Args:
-        sequences: token ids, as they were evaluated.
-        rewards: their rewards by the trained model, without autocast: transformers serves the model so.
-        tolerance: relative to the largest reward (at least 1).
-        dtype, quantization_config: of the weights in training, for an adapter; a whole model is loaded as it was saved.
-
-    Raises:
-        ExportError: a reward differs by more than that.
+    Returns the largest difference and the numbers of sequences compared. Raises `ExportError` above the tolerance.
     """
-    tokenizer = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=trust_remote_code)
-    options = dict(dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=quantization_config)
-    model = load_trained(str(output_dir), tokenizer, **options).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    model = load_saved_classifier(str(folder), tokenizer, config).eval()
     expected = np.asarray(rewards, dtype=np.float64)
     bound = tolerance * max(1.0, float(np.abs(expected[np.isfinite(expected)]).max(initial=0)))
 
-    ids = [np.asarray(s).tolist() for s in sequences]
+    def compare(what: str, found: np.ndarray, expected: np.ndarray) -> float:
+        is_number = np.isfinite(expected)  # NaN in one answer of a packed row can spread to the other
+        is_finite = np.isfinite(found[is_number]).all()
+        difference = float(np.abs(found - expected)[is_number].max(initial=0)) if is_finite else math.inf
+        if difference > bound:
+            raise ExportError(f"{what} differs from the evaluated model by {difference:.3g}, allowed {bound:.1g}")
+        return difference
+
+    ids = [list(sequence) for sequence in sequences]
     padded = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
     logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0]
-    worst = _largest_difference(logits.double().numpy(), expected)
-    if not worst <= bound:
-        raise ExportError(
-            f"the model saved in {output_dir} differs from the evaluated one by {worst:.3g}, allowed {bound:.1g}"
-        )
-
+    worst = compare(f"the model saved in {folder}", logits.double().numpy(), expected)
+    del model  # the pipeline loads its own
     texts = [tokenizer.decode(s, skip_special_tokens=False) for s in ids]
     if tokenizer.bos_token and tokenizer(texts[0])["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
-        texts = [text.removeprefix(tokenizer.bos_token) for text in texts]  # the pipeline's tokenizer adds it again
-    same = [i for i, text in enumerate(texts) if tokenizer(text)["input_ids"] == ids[i]]
+        texts = [text.removeprefix(tokenizer.bos_token) for text in texts]  # the tokenizer adds it again
+    same, special = [], {}
+    if not (folder / "adapter_config.json").exists():  # the pipeline opens whole models only
+        for special in ({}, {"add_special_tokens": False}):  # the model card: for texts, and for rendered conversations
+            same = [i for i, text in enumerate(texts) if tokenizer(text, **special)["input_ids"] == ids[i]]
+            if same:
+                break
     if same:
-        serving = dict(tokenizer=tokenizer, function_to_apply="none", device="cpu")
-        classify = pipeline("text-classification", model=model, **serving)
-        answers = classify([texts[i] for i in same], batch_size=len(same), top_k=None)
-        name = model.config.id2label[0]
+        options = {"function_to_apply": "none", "device": "cpu", "trust_remote_code": config.trust_remote_code}
+        classify = pipeline("text-classification", model=str(folder), **options)
+        answers = classify([texts[i] for i in same], batch_size=len(same), top_k=None, **special)
+        name = classify.model.config.id2label[0]
         served = np.asarray([out["score"] for outputs in answers for out in outputs if out["label"] == name])
-        worst_served = _largest_difference(served, expected[same])
-        if not worst_served <= bound:
-            raise ExportError(f"transformers' pipeline on {output_dir} differs by {worst_served:.3g} in reward")
-        worst = max(worst, worst_served)
+        worst = max(worst, compare(f"transformers' pipeline on {folder}", served, expected[same]))
     logger.info(
         f"export checked: {len(ids)} sequences reloaded with transformers ({len(same)} of them through its pipeline), "
         f"rewards agree to {worst:.1g}"
     )
-    return worst
-
-
-def _largest_difference(rewards: np.ndarray, expected: np.ndarray) -> float:
-    """Of the rewards that are expected to be finite; infinite if one is not. Others are not compared: NaN in one answer
-    of a packed row can spread to the other."""
-    is_number = np.isfinite(expected)
-    if not np.isfinite(rewards[is_number]).all():
-        return math.inf
-    return float(np.abs(rewards - expected)[is_number].max(initial=0))
+    return {"largest_difference": worst, "sequences": len(ids), "through_pipeline": len(same)}

@@ -1,114 +1,89 @@
-"""Running out of memory: notice it, let all processes agree, go on with smaller micro-batches. And the peak of it."""
+"""Micro-batches whose gradients add up to one step, and the repetition of a step that ran out of memory."""
 
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from rm.collate import Batch
+from rm.config.errors import RunError
 from rm.data.plan import StepPlan
 from rm.forward import concatenated_forward
-from rm.train.meter import Meter
+from rm.train.processes import any_process
+from rm.train.state import Meter
 
 logger = logging.getLogger(__name__)
 
 
-class BatchSizeFinder:
-    """`auto_find_batch_size`: a step that runs out of memory is repeated in micro-batches of half the tokens.
+class GradientAccumulation:
+    """The micro-batches of one step: gradients are communicated with the last one.
 
-    `plan` and `meter` are those of the loop. Several processes decide together: gradients are then summed when the step
-    is done (`sync_after`), since a process that runs out during the backward pass would leave the others waiting there.
+    `auto_find_batch_size`: a step that runs out of memory is repeated with half the tokens per micro-batch and the same
+    result. A process that runs out in the backward pass would leave the others waiting for its gradients, so with this
+    option they are averaged after the step.
     """
 
-    def __init__(self, accelerator: Accelerator, plan: StepPlan, meter: Meter, optimizer, enabled: bool):
-        self.accelerator, self.plan, self.meter, self.optimizer = accelerator, plan, meter, optimizer
-        self.enabled, self.ran_out = enabled, False
-        self.sync_after = enabled and accelerator.num_processes > 1
+    def __init__(self, accelerator: Accelerator, model: nn.Module, plan: StepPlan, meter: Meter, may_repeat: bool):
+        self.accelerator, self.model, self.plan, self.meter = accelerator, model, plan, meter
+        self.may_repeat, self.ran_out = may_repeat, False
+        self.sync_after = may_repeat and accelerator.num_processes > 1
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Swallow an out-of-memory error of the block and remember it; anything else passes."""
+        """Run the micro-batches of a step; if it may be repeated, catch that they run out of memory. Collective."""
+        self.meter.begin_step()
         self.ran_out = False
         try:
             yield
         except RuntimeError as error:
-            if not (self.enabled and should_reduce_batch_size(error)):
+            if not (self.may_repeat and should_reduce_batch_size(error)):
                 raise
             self.ran_out = True
-        if self.enabled:
+        if self.may_repeat:
             (self.ran_out,) = any_process(self.accelerator, self.ran_out)
-        if self.ran_out:
-            self.meter.undo_step()
+        if self.sync_after and not self.ran_out:
+            for p in self.model.parameters():
+                if p.requires_grad:
+                    p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
 
     def must_repeat(self, step: int) -> bool:
-        """Whether any process ran out in the last attempt; if so, halve the micro-batches and free the memory.
+        """Whether any process ran out of memory in `attempt`; if so, free it and halve the micro-batches.
 
-        Raises MemoryError if the longest pair of the step runs alone already.
+        Raises `RunError` if the largest prompt of the step runs alone already.
         """
-        if not self.ran_out:
-            return False
-        for group in self.optimizer.param_groups:  # Accelerate's `zero_grad` does nothing between micro-batches
-            for p in group["params"]:
+        if self.ran_out:
+            self.meter.undo_step()
+            for p in self.model.parameters():  # Accelerate's `zero_grad` has no effect between micro-batches
                 p.grad = None
-        clear_device_cache(garbage_collection=True)
-        if not self.plan.halve_micro_batches(step):
-            raise MemoryError(f"out of memory in step {step + 1} with its longest pair alone: lower max_length")
-        tokens = self.plan.micro_batch_tokens
-        logger.warning(f"out of memory: step {step + 1} is repeated with micro_batch_tokens={tokens}")
-        return True
+            clear_device_cache(garbage_collection=True)
+            if not self.plan.halve_micro_batches(step):
+                raise RunError(f"out of memory in step {step + 1} with its largest prompt alone: lower max_length")
+            tokens = self.plan.micro_batch_tokens
+            logger.warning(f"out of memory: step {step + 1} is repeated with micro_batch_tokens={tokens}")
+        return self.ran_out
 
+    def sync_on_last(self, i: int, count: int) -> AbstractContextManager:
+        """Context of micro-batch `i` of `count`: gradients are communicated with the last one only."""
+        is_last = i == count - 1
+        self.accelerator.gradient_state._set_sync_gradients(is_last)  # DeepSpeed and the fp16 scaler read it
+        return nullcontext() if is_last and not self.sync_after else self.accelerator.no_sync(self.model)
 
-def can_repeat_steps(distributed_type: DistributedType) -> bool:
-    """Whether a process may run out of memory alone; FSDP and DeepSpeed communicate in every layer, and would hang."""
-    return distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    def settle_buckets(self, batch: Batch) -> None:
+        """Let DDP order its gradient buckets before the first step, of a new and of a resumed run. Collective.
 
-
-def average_gradients(model: nn.Module, num_processes: int) -> None:
-    """Replace all gradients by their mean over processes, which DDP does during the backward pass. Collective."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    for work in [dist.all_reduce(p.grad, async_op=True) for p in trained]:
-        work.wait()
-    for p in trained:
-        p.grad /= num_processes
-
-
-def settle_buckets(accelerator: Accelerator, model: nn.Module, batch: Batch) -> None:
-    """Have DDP sort its buckets of gradients before the first step, of a new run and of a resumed one. Collective.
-
-    It sorts them anew after the first backward pass, by the order in which gradients came; with three processes or more
-    their sums then round otherwise, and a resumed run would differ from one that was never stopped.
-    """
-    if accelerator.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        return
-    chosen_B, rejected_B = concatenated_forward(model, batch)
-    accelerator.backward(0.0 * (chosen_B + rejected_B).sum())
-    for p in model.parameters():
-        p.grad = None
-
-
-def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """For each flag, whether it is true on any process. Collective."""
-    if accelerator.num_processes == 1:
-        return list(flags)
-    counts = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
-    return (accelerator.reduce(counts, "sum") > 0).tolist()  # syncs the device here
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Largest memory of this process so far, in 10^9 bytes: of the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        DDP reorders them after the first backward pass. With three or more processes the order changes the rounding of
+        sums, so a resumed run would differ from an uninterrupted one.
+        """
+        engines = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self.accelerator.distributed_type in engines and not self.sync_after:
+            chosen_C, rejected_C = concatenated_forward(self.model, batch.to(self.accelerator.device))
+            self.accelerator.backward(0.0 * (chosen_C + rejected_C).sum())
+            for p in self.model.parameters():
+                p.grad = None

@@ -1,25 +1,21 @@
-"""Optimizer and learning-rate schedule, by transformers' names, on parameter groups of a reward model.
-
-Neither is wrapped or registered anywhere: another optimizer is one more line in `OPTIMIZERS`.
-"""
+"""Optimizer and learning-rate schedule, by the names of transformers. Another optimizer is one line in `OPTIMIZERS`."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 from rm.config.errors import InputError
-from rm.model.reward_model import find_head
+from rm.config.options import RewardConfig
+from rm.model.reward_model import RewardModel, find_head
 
-# name -> (class, arguments that transformers gives it)
+# name -> (class, arguments that transformers passes to it)
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw_torch_fused": (torch.optim.AdamW, {"fused": True}),
     "adamw_torch": (torch.optim.AdamW, {}),
@@ -28,105 +24,56 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
     "adagrad": (torch.optim.Adagrad, {}),
     "rmsprop": (torch.optim.RMSprop, {}),
 }
-FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that are stepped by evaluations, not by steps
+STEPPED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
-def parameter_groups(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, head_learning_rate: float | None = None
-) -> list[dict[str, Any]]:
-    """The trained weights of a `RewardModel` as groups: backbone before head, and in each matrices before the rest.
+def parameter_groups(model: RewardModel, config: RewardConfig) -> list[dict[str, Any]]:
+    """The trained weights as parameter groups: backbone before head; within each, matrices before the rest.
 
-    Only matrices decay; biases and the weights of norms, which have one dimension, do not. A group without weights is
-    left out. The head is a group of its own if it has a learning rate of its own.
+    Only matrices decay, not biases and norm weights (one dimension). The head has a group of its own if it has its own
+    learning rate.
     """
-    head = {id(p) for p in find_head(model.bare).parameters()} if head_learning_rate is not None else set()
+    has_own_rate = config.head_learning_rate is not None
+    head = {id(p) for p in find_head(model.classifier).parameters()} if has_own_rate else set()
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = []
-    for is_head, lr in ((False, learning_rate), (True, head_learning_rate)):
+    for is_head, lr in ((False, config.learning_rate), (True, config.head_learning_rate)):
         members = [p for p in trained if (id(p) in head) == is_head]
-        for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
+        for is_matrix, decay in ((True, config.weight_decay), (False, 0.0)):
             params = [p for p in members if (p.ndim >= 2) == is_matrix]
             groups += [{"params": params, "lr": lr, "weight_decay": decay}] if params else []
     return groups
 
 
-def make_optimizer(
-    groups: list[dict[str, Any]],
-    *,
-    optim: str = "adamw_torch_fused",
-    optim_args: dict[str, Any] | None = None,
-    learning_rate: float = 1e-4,
-    adam_beta1: float = 0.9,
-    adam_beta2: float = 0.999,
-    adam_epsilon: float = 1e-8,
-) -> torch.optim.Optimizer:
-    """The optimizer `optim` on parameter groups; `optim_args` are keyword arguments of its class.
-
-    Raises `InputError`: an argument that the class does not take, or a value that it refuses.
-    """
-    make, options = OPTIMIZERS[optim]
+def make_optimizer(model: RewardModel, config: RewardConfig) -> torch.optim.Optimizer:
+    """The optimizer `config.optim`; `optim_args` are arguments of its class. Raises `InputError` for unknown ones."""
+    make, options = OPTIMIZERS[config.optim]
     if make is torch.optim.AdamW:
-        options = options | {"betas": (adam_beta1, adam_beta2), "eps": adam_epsilon}
-    known = list(inspect.signature(make).parameters)[1:]  # the first are the weights
-    for name in optim_args or {}:
-        if name not in known or name in ("lr", "weight_decay"):
-            rest = ", ".join(other for other in known if other not in ("lr", "weight_decay"))
-            raise InputError(f"optim_args: {optim} takes no {name!r} here; it takes {rest}")
-    options = options | (optim_args or {})
-    try:
-        trial = nn.Parameter(torch.zeros(2, 2))  # most classes look at their arguments in the first step only
-        trial.grad = torch.ones_like(trial)
-        make([trial], lr=learning_rate, **options).step()
-        return make(groups, lr=learning_rate, **options)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        cause = f"{error}".splitlines()[0]
-        raise InputError(f"optim_args={optim_args} does not suit {optim}: {cause}") from None
+        options = options | {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    own = ("params", "lr", "weight_decay")  # set here and in the groups
+    known = [name for name in inspect.signature(make).parameters if name not in own]
+    for name in config.optim_args or {}:
+        if name not in known:
+            raise InputError(f"optim_args: {config.optim} takes no {name!r} here; it takes {', '.join(known)}")
+    return make(parameter_groups(model, config), lr=config.learning_rate, **options | (config.optim_args or {}))
 
 
 def make_scheduler(
-    name: str,
-    optimizer: torch.optim.Optimizer,
-    *,
-    total_steps: int,
-    warmup_ratio: float = 0.0,
-    warmup_steps: float = 0,
-    kwargs: dict[str, Any] | None = None,
-    greater_is_better: bool = False,
-    steps_done: int = 0,
-    state: dict[str, Any] | None = None,
-):
-    """The schedule `name` of transformers, after `steps_done` steps. Not to be prepared: Accelerate steps it once per
-    process.
+    optimizer: torch.optim.Optimizer, total_steps: int, config: RewardConfig, greater_is_better: bool
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule `config.lr_scheduler_type` before the first step. Do not prepare it: Accelerate would step it once
+    per process. `greater_is_better`: direction of the metric of `STEPPED_BY_EVALUATION`.
 
-    Args:
-        warmup_steps: below 1 it is a ratio, as in transformers.
-        kwargs: what that schedule takes besides.
-        greater_is_better: for the schedules in `FOLLOW_A_METRIC`, whether more of the metric is better.
-        state: for these, their `state_dict` after those steps; the others are functions of the step.
-
-    Raises `InputError`: the schedule does not take `kwargs`.
+    Raises `InputError` for unknown `lr_scheduler_kwargs`.
     """
-    kwargs = dict(kwargs or {})
-    if name in FOLLOW_A_METRIC:
+    name, kwargs = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs or {})
+    if name in STEPPED_BY_EVALUATION:
         kwargs = {"mode": "max" if greater_is_better else "min"} | kwargs
-    elif name in ("constant", "constant_with_warmup") and kwargs:  # transformers drops them in silence
+    elif name in ("constant", "constant_with_warmup") and kwargs:  # which transformers ignores silently
         raise InputError(f"lr_scheduler_kwargs={kwargs}: lr_scheduler_type={name} takes none")
-    fraction = warmup_steps if 0 < warmup_steps < 1 else warmup_ratio
-    warmup = int(warmup_steps) or math.ceil(fraction * total_steps)
+    ratio = config.warmup_steps if 0 < config.warmup_steps < 1 else config.warmup_ratio
+    warmup = int(config.warmup_steps) or math.ceil(ratio * total_steps)
     try:
-        scheduler = get_scheduler(name, optimizer, warmup, total_steps, kwargs)
-        with warnings.catch_warnings(action="ignore"):  # "scheduler.step() before optimizer.step()"
-            for _ in range(0 if name in FOLLOW_A_METRIC else steps_done):
-                scheduler.step()
-            if name in FOLLOW_A_METRIC:  # which look at their arguments at the first evaluation
-                rates = [{"params": [torch.zeros(1)], "lr": group["lr"]} for group in optimizer.param_groups]
-                trial = get_scheduler(name, torch.optim.SGD(rates), warmup, total_steps, kwargs)
-                for value in (0.0, math.nan):  # better, and not
-                    trial.step(value)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        return get_scheduler(name, optimizer, warmup, total_steps, kwargs)
+    except (TypeError, ValueError) as error:  # raised by transformers for unknown or wrong arguments
         raise InputError(f"lr_scheduler_kwargs={kwargs or None}: {error}") from None
-    if name in FOLLOW_A_METRIC and state is not None:
-        scheduler.load_state_dict(state)
-        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-    return scheduler

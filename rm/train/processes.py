@@ -1,4 +1,4 @@
-"""Processes: how many the launcher was asked for, what one does for all, and the signals that stop them."""
+"""Processes: what all of them decide together, and the signals that stop a run."""
 
 from __future__ import annotations
 
@@ -8,58 +8,62 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
+import numpy as np
+import torch
 from accelerate import Accelerator
-from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 
-BY_ACCELERATE = "ACCELERATE_DYNAMO_BACKEND"  # `accelerate launch` sets it for every program
-BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
-# of schedulers, Ctrl-C, SLURM's --signal, a terminal that is closed
+from rm.config.errors import RunError
+
+LAUNCHERS = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch`, by torchrun
+# of schedulers, Ctrl-C, Slurm's --signal, a closed terminal
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-TWICE_THE_SAME = 1.0  # seconds: Ctrl-C comes from the terminal and, at once, from torchrun too
+SAME_SIGNAL = 1.0  # seconds: Ctrl-C arrives twice, from the terminal and from torchrun
+
+
+class Stopped(RunError):
+    """A signal stopped the run after a checkpoint."""
+
+    exit_code = 128 + signal.SIGTERM
 
 
 class StopSignal:
-    """A request to stop after the current step: a signal, or the death of the launcher.
+    """Whether the run was asked to stop after the current step: by a signal, or by the death of its launcher.
 
-    From `listen` on, the first signal sets `received`; another one, more than a second later, ends the process at once.
-    Before, signals act as always: there is nothing to save. `accelerate launch` of one process passes no signal on, so
-    that its death is taken for one: a trainer that nobody waits for must not train on.
+    Before `listen` signals act as usual: there is nothing to save. A second signal ends the process at once.
+    `accelerate launch` forwards no signal to its only process: if the launcher dies, save a checkpoint and exit.
     """
 
-    def __init__(self):
-        self.first: float | None = None
-        self.before: dict[int, Any] = {}  # the handlers that others had set
-        is_launched = BY_ACCELERATE in os.environ or BY_TORCHRUN in os.environ
-        self.launcher = os.getppid() if is_launched else None
+    def __init__(self) -> None:
+        self.first: float | None = None  # when the first signal came
+        self.previous: dict[int, Any] = {}  # handlers to restore
+        self.launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
 
     def listen(self) -> None:
         for name in STOP_SIGNALS:
             number = getattr(signal, name, None)  # Windows has fewer
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
-                self.before[number] = signal.signal(number, self._receive)
+                self.previous[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:
-        """Let signals act as they did before `listen`."""
-        for number, handler in self.before.items():
+        """Restore the handlers that were there before `listen`."""
+        for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
 
     @property
     def received(self) -> bool:
         return self.first is not None or (self.launcher is not None and os.getppid() != self.launcher)
 
-    def _receive(self, number: int, _) -> None:
+    def _receive(self, number: int, _: Any) -> None:
         if self.first is None:
             self.first = time.monotonic()
-        elif time.monotonic() - self.first > TWICE_THE_SAME:
+        elif time.monotonic() - self.first > SAME_SIGNAL:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """What `function()` returns on the main process, or the error it raises there, on every process. Collective."""
+    """Call `function` on the main process; return its result, or raise its error, on every process. Collective."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -72,30 +76,14 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> An
     return result
 
 
-def is_orphan() -> bool:
-    """Whether `accelerate launch` started this process and is gone already, during the imports."""
-    if BY_ACCELERATE not in os.environ or BY_TORCHRUN in os.environ or os.getppid() != 1:
-        return False
-    return "accelerate" not in _command_line(1)
+def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """For each flag, whether it is true on any process. Collective; syncs the device."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    counts = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return (accelerator.reduce(counts, "sum") > 0).tolist()
 
 
-def processes_asked_for() -> int:
-    """Processes that the launcher was asked for: torchrun says it, of `accelerate launch` we read the command line."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    command = _command_line(os.getppid()) if BY_ACCELERATE in os.environ else []
-    names = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
-    at = next((i for i, word in enumerate(command) if os.path.basename(word) in names), None)
-    if at is None:
-        return 1
-    asked, _ = launch_command_parser().parse_known_args(command[at + 1 :])
-    if asked.num_processes is None and (asked.config_file or (os.path.isfile(default_config_file) and not asked.cpu)):
-        asked.num_processes = load_config_from_file(asked.config_file).num_processes
-    return asked.num_processes or 1
-
-
-def _command_line(pid: int) -> list[str]:
-    try:
-        return psutil.Process(pid).cmdline()
-    except psutil.Error:
-        return []
+def seed_everything(seed: int, step: int, process_index: int) -> None:
+    """Make the randomness of a step a function of (seed, step, process): no random state needs to be saved."""
+    set_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1)[0]))

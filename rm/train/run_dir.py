@@ -1,169 +1,293 @@
-"""The run's folder: may it be used, where does training start in it, and what of an earlier run stays."""
+"""The run directory: which process may write it, where training starts, and which files belong to the run.
+
+A run replaces and removes only files that a run wrote. Their names are in `.run_files`; each is added before its file
+is written. While a process uses the directory, it holds the lock of `.run_lock`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import time
-from collections.abc import Callable
+import zlib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from rm.config.errors import InputError
-from rm.config.files import write_text
-from rm.train.checkpoint import (
-    CheckpointError,
-    copy_checkpoint,
-    damage,
-    discard,
-    find_checkpoint,
-    list_checkpoints,
-    read_state,
-    set_aside,
-)
+import torch
+from accelerate import Accelerator
+
+from rm.config.errors import InputError, RunError
+from rm.config.files import finite, fsync, naming, read_json, write_text
+from rm.config.folders import damage, digest, discard_folder, lock_folder
+from rm.config.options import RewardConfig, changed_options
+from rm.config.redact import redact
+from rm.model.source import find_base
+from rm.report.hub import FILES, Hub, open_repo
+from rm.train.processes import on_main_process
 
 logger = logging.getLogger(__name__)
 
+RECORD = ".run_files"
+FOLDERS = ("eval", "samples", "checkpoints", "adapter")
+PATTERNS = (  # of all files that a run may write
+    *FOLDERS,
+    *FILES,
+    *"metrics.jsonl.bak mistakes.jsonl report.html finished.json export_check.json".split(),
+    *"eval/step-*.parquet samples/step-*.jsonl checkpoints/step-* adapter/*".split(),
+)
+VERSION_1 = {"config.yaml", "metrics.jsonl", "results.json"}  # a directory of version 1 has these, and no `.run_files`
+KEPT_ON_RESUME = ("metrics.jsonl", "eval/", "samples/", "checkpoints/")
 
-def open_output_dir(
-    output_dir: str | None, run_name: str | None, *, names: tuple[str, str], may_hold_run: bool
-) -> tuple[Path, str]:
-    """The run's folder, made if need be and tried by writing to it, and the run's name.
 
-    Without `output_dir` it is `runs/<run_name>`, without either `runs/<names>-<time>`. Raises `InputError` if it
-    cannot be written, or holds a run and not `may_hold_run`.
+def open_run(config: RewardConfig, accelerator: Accelerator) -> Run:
+    """Lock the run directory and find where training starts. Collective.
+
+    Raises `InputError`: another process uses it, it holds another run or files of others, or nothing can be resumed.
     """
-    if run_name is None and output_dir is not None:
-        run_name = Path(output_dir).resolve().name
-    if run_name is None:
-        stem = "-".join(Path(name).name.split(".")[0] if i else Path(name).name for i, name in enumerate(names))
-        run_name = stem + time.strftime("-%Y%m%d-%H%M%S")
-        while (Path("runs") / run_name).exists():
-            run_name += "+"  # another run of the same second
-    folder = Path(output_dir or Path("runs") / run_name)
-    if _holds_run(folder) and not may_hold_run:
-        fix = "choose another, or give overwrite_output_dir=true or resume_from_checkpoint=latest"
-        raise InputError(f"output_dir={folder} already holds a run; {fix}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ".writable", "yes")
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"output_dir={folder} cannot be written: {error.strerror}") from None
-    return folder, run_name
+    run = Run(config, accelerator)
+    vars(run).update(on_main_process(accelerator, run.open))  # clocks differ: the main process decides
+    if config.push_to_hub:
+        repo_id = on_main_process(accelerator, lambda: open_repo(config, run.name))
+        run.hub = Hub(repo_id, config) if accelerator.is_main_process else None
+    return run
 
 
-def refuse_own_origin(output_dir: Path, model: str) -> None:
-    """Raise `InputError` if to save the run would remove the model that it begins with, or its base."""
-    origins = [model]
-    if (adapter := Path(model) / "adapter_config.json").is_file():
-        try:
-            origins.append(str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")))
-        except (ValueError, AttributeError):
-            pass  # the loader names what is wrong with it
-    replaced = [folder.resolve() for folder in (output_dir, output_dir / "adapter")]
-    for origin in origins:
-        if Path(origin).is_dir() and Path(origin).resolve() in replaced:
-            fix = "which the run begins with; choose another"
-            raise InputError(f"output_dir={output_dir} would replace '{origin}', {fix}")
+class Run:
+    """The directory of a run; only the main process writes it.
 
-
-def find_start(
-    resume_from_checkpoint: str | None,
-    output_dir: Path,
-    record: dict[str, Any],
-    changed_options: Callable[..., list[str]],
-) -> tuple[Path | None, dict[str, Any] | None]:
-    """(checkpoint to go on from, or None; the summary of a run that is finished already, or None).
-
-    Args:
-        record: the options of this run, resolved.
-        changed_options: names what differs, of two records, and must not; with True also names of data and model,
-            which are compared by their content later if training goes on.
-
-    Raises:
-        InputError: there is no such checkpoint, all are damaged, it is of a run with other options, or `output_dir`
-            holds a run that it is not a part of.
+    folder, name: place and name. record: all options, resolved and redacted. checkpoint, checkpoint_state: where
+    training resumes, or None. results: the content of results.json if the final model is saved, otherwise None.
     """
-    if resume_from_checkpoint is None:
-        return None, None
-    finished = output_dir / "results.json"
-    if resume_from_checkpoint == "latest" and finished.exists():
+
+    def __init__(self, config: RewardConfig, accelerator: Accelerator):
+        self.config, self.accelerator, self.started = config, accelerator, time.perf_counter()
+        self.folder, self.name, self.hub = Path(), "", None
+        self.checkpoint: Path | None = None
+        self.checkpoint_state: dict[str, Any] = {}
+        self.results: dict[str, Any] | None = None
+        self.content: dict[str, str] = {}  # fingerprints of data and base model
+        self.own: set[str] = set()  # what `.run_files` lists
+        record = config.resolved(accelerator.num_processes, accelerator.mixed_precision)
+        self.record = json.loads(json.dumps(redact(record), default=str))  # as a checkpoint returns it
+
+    # ---------------------------------------------------------------------------------------------- open
+
+    def open(self) -> dict[str, Any]:
+        """The attributes that all processes share. For the main process."""
         try:
-            results = json.loads(finished.read_text(encoding="utf-8"))
-            before, summary = results["config"], results["summary"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{finished} is not what this program writes ({error!r}); move it away") from None
-        _refuse(changed_options(before, record, True), output_dir)
-        return None, summary
-    try:
-        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir / "checkpoints")
-    except CheckpointError as error:
-        raise InputError(str(error)) from None
-    if checkpoint is None:
-        logger.warning(f"resume_from_checkpoint=latest: {output_dir} has no checkpoint yet; from the first step on")
-    else:
-        _refuse(changed_options(read_state(checkpoint)["config"], record), checkpoint)
-        if not _is_part_of(checkpoint, output_dir) and _holds_run(output_dir):
-            raise InputError(f"{checkpoint} is not of the run in output_dir={output_dir}; give a new output_dir")
-    return checkpoint, None
+            self._make_folder()
+            self._check_model()
+            self._check_files()
+            self.lock = lock_folder(self.folder)
+            self._check_files()  # again: the process that had the lock may have written a run
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: NUL in a name
+            problem = getattr(error, "strerror", error)
+            raise InputError(f"output_dir={self.folder} cannot be written: {problem}") from None
+        if self.config.resume_from_checkpoint:
+            self._find_start(self.config.resume_from_checkpoint)
+        return {name: vars(self)[name] for name in ("folder", "name", "checkpoint", "checkpoint_state", "results")}
+
+    def _make_folder(self) -> None:
+        config, data = self.config, self.record["dataset_name"]
+        data = "+".join(Path(place).name.split(".")[0] for place in ([data] if isinstance(data, str) else data))
+        generated = f"{Path(self.record['model_name_or_path']).name}-{data[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        is_named = bool(config.output_dir or config.run_name)
+        self.folder = Path(config.output_dir or Path("runs", config.run_name or generated))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=is_named)
+        except FileExistsError:
+            if is_named:
+                raise
+            self.folder = Path(f"{self.folder}-{os.getpid()}")  # another run of the same second
+            self.folder.mkdir()
+        self.name = config.run_name or self.folder.resolve().name
+
+    def _check_model(self) -> None:
+        """Raise `InputError` if the run would replace the model that it starts from, or the base of that adapter."""
+        name = self.config.model_name_or_path
+        for model in {name, find_base(name)[0]} if Path(name).is_dir() else ():
+            if Path(model).resolve() in (self.folder.resolve(), (self.folder / "adapter").resolve()):
+                raise InputError(f"output_dir={self.folder} would replace '{model}', which the run begins with")
+
+    def _check_files(self) -> None:
+        """Read which files belong to a run. Raises `InputError` for a run that may not be replaced, and other files."""
+        names = self._files()
+        if (self.folder / RECORD).is_file():
+            lines = (self.folder / RECORD).read_text(encoding="utf-8").splitlines()
+            self.own = {name for name in lines if not Path(name).is_absolute() and ".." not in Path(name).parts}
+        else:
+            self.own = set(names) if VERSION_1 <= set(names) else set()
+        if self.own & set(names) and not (self.config.overwrite_output_dir or self.config.resume_from_checkpoint):
+            fix = "choose another, or give overwrite_output_dir=true or resume_from_checkpoint=latest"
+            raise InputError(f"output_dir={self.folder} already holds a run; {fix}")
+        for name in names:
+            is_folder = (self.folder / name).is_dir() and not name.startswith("checkpoints/")
+            if name not in self.own or is_folder:
+                fix = "no run of this program wrote it; move it away, or choose another output_dir"
+                raise InputError(f"output_dir={self.folder}: '{name}' is in the way: {fix}")
+
+    def _files(self) -> list[str]:
+        """The names of the existing files that a run may write."""
+        folders = [self.folder, *(self.folder / name for name in FOLDERS if (self.folder / name).is_dir())]
+        paths = [path for folder in folders for path in sorted(folder.iterdir()) if path not in folders]
+        names = [path.relative_to(self.folder).as_posix() for path in paths]
+        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in PATTERNS)]
+
+    def _find_start(self, resume_from: str) -> None:
+        results = read_json(self.folder / "results.json") or {}
+        if resume_from == "latest" and results.keys() >= {"config", "summary"} and self.has_files("export_check.json"):
+            reject(changed_options(results["config"], self.record, True), self.folder)
+            self.results = results
+            return
+        newest_first = [path for _, path in reversed(self.checkpoints())]
+        found = newest_first if resume_from == "latest" else [Path(resume_from)]
+        for path in found:
+            if not (problem := damage(path, "state.json")):
+                break
+            logger.warning(f"{path} is damaged and ignored: {problem}")
+        else:
+            if not found:
+                logger.warning(f"resume_from_checkpoint=latest: {self.folder} has no checkpoint; it starts at step 0")
+                return
+            fix = "restore one from a backup, or start anew with overwrite_output_dir=true"
+            raise InputError(f"resume_from_checkpoint={resume_from}: no undamaged checkpoint ({problem}); {fix}")
+        if path.resolve().parent != (self.folder / "checkpoints").resolve():
+            fix = "copy the run directory, and resume in the copy"
+            raise InputError(f"{path} is not of the run in output_dir={self.folder}; {fix}")
+        self.checkpoint, self.checkpoint_state = path, read_json(path / "state.json") or {}
+        if self.checkpoint_state.get("format") != 2:
+            raise InputError(f"{path} was written by another version of this program; start a new run")
+        reject(changed_options(self.checkpoint_state["config"], self.record), path)
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, path) of the checkpoints, oldest first, damaged ones included."""
+        paths = (self.folder / "checkpoints").glob("step-*")
+        found = [(int(match[1]), path) for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))]
+        return sorted((step, path) for step, path in found if path.is_dir())
+
+    def write_finished(self, export_check: dict[str, Any]) -> None:
+        """Write `finished.json`: the sizes of the files that the end of a run writes, and the result of the check."""
+        names = [name for name in sorted(self.own - {"finished.json"}) if not name.startswith(KEPT_ON_RESUME)]
+        sizes = {name: (self.folder / name).stat().st_size for name in names if (self.folder / name).is_file()}
+        self.write_json("finished.json", {"export_check": export_check, "files": sizes})
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether `finished.json` says that the export check passed, and every file has its size."""
+        check = (read_json(self.folder / "finished.json") or {}).get("export_check", {})
+        return check.get("passed") is True and self.has_files("finished.json")
+
+    def has_files(self, name: str) -> bool:
+        """Whether every file that the JSON file `name` lists has the size that it states."""
+        sizes = (read_json(self.folder / name) or {}).get("files", {}).items()
+        paths = [(self.folder / file, size) for file, size in sizes]
+        return bool(paths) and all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+    # ---------------------------------------------------------------------------------------------- train
+
+    def check_content(self, model: Any, train_set: Any, eval_set: Any) -> None:
+        """Raise `InputError` if the data or the base model of a resumed run have changed. Collective."""
+
+        def compare() -> dict[str, str]:
+            content = {"dataset_name": train_set.fingerprint, "eval_dataset_name": eval_set.fingerprint}
+            content["model_name_or_path"] = model_fingerprint(model)
+            content["peft_config"] = digest(Path(self.config.peft_config))["sha256"] if self.config.peft_config else ""
+            before = self.checkpoint_state.get("content", content)
+            changed = [name for name in content if content[name] != before[name]]
+            reject([f"the content of {name} has changed" for name in changed], self.checkpoint)
+            return content
+
+        self.content = on_main_process(self.accelerator, compare)
+
+    def claim(self, config_yaml: str, data_report: dict[str, Any]) -> None:
+        """Remove what an earlier run left: everything, or what comes after the checkpoint. Collective."""
+
+        def claim() -> None:
+            with naming(self.folder):
+                for hidden in (self.folder / ".export", *(self.folder / "checkpoints").glob(".step-*.partial")):
+                    shutil.rmtree(hidden, ignore_errors=True)
+                for name in [name for name in self.own if not (self.checkpoint and name.startswith(KEPT_ON_RESUME))]:
+                    path = self.folder / name
+                    discard_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+                    self.own.remove(name)
+                write_text(self.folder / RECORD, "".join(f"{name}\n" for name in sorted(self.own)))
+                for step, newer in self.checkpoints():
+                    if step > self.checkpoint_state["step"]:  # damaged or superseded: the run comes here again
+                        shutil.rmtree(aside := self.file(f"checkpoints/{newer.name}.replaced"), ignore_errors=True)
+                        newer.rename(aside)
+            self.write_text("config.yaml", config_yaml)
+            self.write_json("data_report.json", data_report)
+            for name in ("metrics.jsonl", "metrics.jsonl.bak"):
+                self.file(name)
+
+        on_main_process(self.accelerator, claim)
+
+    def close(self) -> None:
+        """Give up uploads that are still running; wait for the other processes. Collective."""
+        if self.hub:
+            self.hub.close()
+        self.accelerator.wait_for_everyone()  # torchrun ends the main process when another one has ended
+
+    # ---------------------------------------------------------------------------------------------- files
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the run, to write it: the name is recorded and the folder made.
+
+        Raises `RunError` if the file exists and no run wrote it.
+        """
+        path = self.folder / name
+        with naming(path):
+            if name not in self.own:
+                if path.exists():
+                    raise RunError(f"'{path}' is in the way: no run wrote it; move it away, then resume")
+                with open(self.folder / RECORD, "a", encoding="utf-8") as record:
+                    record.write(name + "\n")
+                    record.flush()
+                    os.fsync(record.fileno())
+                self.own.add(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file of the run, redacted; it has the old content or the new one, whenever the machine stops."""
+        write_text(self.file(name), redact(text, "commit"), errors="backslashreplace")  # commits are no secrets
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run, redacted, in the same way; NaN and infinities become strings."""
+        self.write_text(name, json.dumps(finite(value), indent=2))
+
+    def publish(self, folder: Path) -> dict[str, int]:
+        """Flush the files in `folder` to the disk and move them into the run directory; returns their sizes by name."""
+        sizes = {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            sizes[name] = path.stat().st_size
+            fsync(path)
+            path.replace(self.file(name))
+            fsync((self.folder / name).parent)
+        shutil.rmtree(folder)
+        return sizes
 
 
-def _holds_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() or bool(list_checkpoints(folder / "checkpoints"))
+def model_fingerprint(model: Any) -> str:
+    """sha256 of a model's configuration and of the names, shapes, types and contents (CRC-32) of its weights."""
+    passing = ("_name_or_path", "architectures", "transformers_version")
+    lines: list[Any] = [{k: v for k, v in model.config.to_diff_dict().items() if k not in passing}]
+    for name, p in model.named_parameters():
+        raw = p.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+        lines.append([name, list(p.shape), str(p.dtype), zlib.crc32(raw)])
+    return hashlib.sha256(json.dumps(lines, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _is_part_of(checkpoint: Path, output_dir: Path) -> bool:
-    return checkpoint.resolve().parent == (output_dir / "checkpoints").resolve()
-
-
-def refuse_other_content(before: dict[str, str], now: dict[str, str], checkpoint: Path) -> None:
-    """Raise `InputError` if a fingerprint (of the data, of the base model) is not the one in the checkpoint."""
-    _refuse([f"the content of {name} has changed" for name in now if now[name] != before[name]], checkpoint)
-
-
-def _refuse(changes: list[str], where: Path) -> None:
+def reject(changes: list[str], where: Path | None) -> None:
+    """Raise `InputError` if a resumed run has changed."""
     if changes:
         fix = "resume with the options and data it began with, or give another output_dir"
         raise InputError(f"{where} is of another run ({'; '.join(changes)}); {fix}")
-
-
-def claim_output_dir(
-    output_dir: Path,
-    config_yaml: str,
-    report: dict[str, Any],
-    checkpoint: Path | None,
-    best_step: int | None = None,
-) -> None:
-    """Write what describes the run, and put away what an earlier one left: all of it, or what is past `checkpoint`.
-
-    From a checkpoint of a run elsewhere, its metrics.jsonl, evaluations and checkpoint of `best_step` come along.
-    """
-    for last in ("results.json", "report.html"):
-        (output_dir / last).unlink(missing_ok=True)
-    folder = output_dir / "checkpoints"
-    for partial in folder.glob(".step-*.partial"):
-        shutil.rmtree(partial)
-    if checkpoint is None:  # the user allowed it, or there is none
-        for old in ("samples", "eval"):
-            shutil.rmtree(output_dir / old, ignore_errors=True)
-        for old in (*folder.glob("step-*.replaced"), *(path for _, path in list_checkpoints(folder))):
-            discard(old)
-    elif _is_part_of(checkpoint, output_dir):
-        step_done = read_state(checkpoint)["step"]
-        for step, newer in list_checkpoints(folder):
-            if step > step_done:  # damaged, or not wanted: the run comes by here again
-                set_aside(newer)
-    else:
-        best = checkpoint.resolve().parent / f"step-{best_step}"
-        if best.is_dir() and damage(best) is None:
-            copy_checkpoint(best, folder)
-        origin = checkpoint.resolve().parent.parent
-        if (lines := origin / "metrics.jsonl").is_file():
-            write_text(output_dir / "metrics.jsonl", lines.read_text(encoding="utf-8"))
-        for table in (origin / "eval").glob("step-*.parquet"):  # of the best evaluation, for one
-            (output_dir / "eval").mkdir(exist_ok=True)
-            shutil.copy2(table, output_dir / "eval")
-    write_text(output_dir / "config.yaml", config_yaml)
-    write_text(output_dir / "data_report.json", json.dumps(report, indent=2))

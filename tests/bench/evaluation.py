@@ -3,10 +3,10 @@
     python tests/bench/evaluation.py --model MODEL --data pairs.jsonl --trl_python TRL_ENV/bin/python --rounds 5
 
 Every contender is a process of its own with the same weights; in a round each scores the same chunk of the data while
-the others wait. `trl` is `RewardTrainer.evaluate` at its defaults (batches of 8), `ours` is `rm.evaluate`, both in
-bf16 unless `--float32`. `pipeline` is `pipeline("text-classification", batch_size=8)` on the whole texts of N answers
-to a prompt, sorted by length, `ours_candidates` is `rm.score.score_trees` with the N answers as branches of one tree,
-both in float32; answers beyond the pair's own two are taken from other prompts. Rewards of the last two are compared.
+the others wait. `trl` is `RewardTrainer.evaluate` at its defaults (batches of 8), `ours` is `score_prompts` on pairs,
+both in bf16 unless `--float32`. `pipeline` is `pipeline("text-classification", batch_size=8)` on the whole texts of N
+answers to a prompt, sorted by length, `ours_candidates` is `score_prompts` with the N answers in one tree, both in
+float32; answers beyond the pair's own two are taken from other prompts. Rewards of the last two are compared.
 """
 
 import argparse
@@ -45,48 +45,34 @@ def run_trl(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
 
 
 def load_ours(args: argparse.Namespace):
-    from transformers import AutoTokenizer
+    from common import make_config
 
-    from rm.model.adapters import load_trained
-    from rm.model.reward_model import RewardModel, use_cpu_kernel
+    from rm.data.plan import Layout
+    from rm.model.load import load_saved_model, load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = RewardModel(load_trained(args.model, tokenizer))
-    use_cpu_kernel(model.bare)
-    return tokenizer, model
+    config = make_config(args)
+    tokenizer = load_tokenizer(config)
+    return load_saved_model(args.model, tokenizer, config), Layout("shared_prefix", tokenizer.pad_token_id, True)
 
 
 def run_ours(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
+    import numpy as np
     from accelerate import Accelerator
-    from datasets import Dataset
 
-    import rm.evaluate.evaluator
-    from rm.evaluate.metrics import accuracy
+    from rm.data.tokenize import make_tree
+    from rm.evaluate.statistics import accuracy
+    from rm.score.rewards import TreeList, score_prompts
 
-    tokenizer, model = load_ours(args)
+    model, layout = load_ours(args)
     accelerator = Accelerator(cpu=True, mixed_precision="no" if args.float32 else "bf16")
-    model, collate = accelerator.prepare_model(model, evaluation_mode=True), rm.evaluate.evaluator.collate
-
-    def counting_collate(*arguments):
-        batch = collate(*arguments)
-        turn.tokens += batch.input_ids_RL.numel()
-        return batch
-
-    rm.evaluate.evaluator.collate = counting_collate
-    options = dict(layout="shared_prefix", micro_batch_tokens=args.micro_batch_tokens, pad_token_id=0)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
     for chunk in chunks["pairs"]:
-        rows = []
-        for pair in chunk:
-            sides = pair["chosen_ids"], pair["rejected_ids"]
-            shared = min(len(side) for side in sides) - 1
-            prefix = next((i for i in range(shared) if sides[0][i] != sides[1][i]), shared)
-            rows.append(dict(zip(("input_ids_chosen", "input_ids_rejected"), sides, strict=True)))
-            rows[-1] |= dict(prefix_length=prefix, margin=0.0)
-            rows[-1] |= dict(length_chosen=len(sides[0]), length_rejected=len(sides[1]))
-        data = Dataset.from_list(rows)
+        sides = ([np.array(pair[key], np.int32) for key in ("chosen_ids", "rejected_ids")] for pair in chunk)
+        data = TreeList([make_tree(pair) for pair in sides])
         turn.wait()
-        rewards = rm.evaluate.evaluator.evaluate_rewards(model, accelerator, data, **options)
-        turn.note = {"accuracy": accuracy(rewards[:, 0] - rewards[:, 1])}
+        rewards = np.stack(score_prompts(model, data, layout, args.micro_batch_tokens, accelerator))
+        turn.tokens = int(data.costs(layout).sum())  # rows of trees have no padding
+        turn.note = {"accuracy": float(accuracy(rewards[:, 0] - rewards[:, 1]))}
     turn.wait()
 
 
@@ -116,48 +102,45 @@ def run_pipeline(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
 
 def run_ours_candidates(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
     import numpy as np
-    import torch
 
-    from rm.collate import Tree
-    from rm.score import score_trees
+    from rm.data.tokenize import Tree
+    from rm.score.rewards import TreeList, score_prompts
 
-    tokenizer, model = load_ours(args)
-    options = dict(layout="shared_prefix", micro_batch_tokens=args.micro_batch_tokens)
-    options |= dict(pad_token_id=tokenizer.pad_token_id, device=torch.device("cpu"))
+    model, layout = load_ours(args)
     for chunk in chunks["trees"]:
-        trees = [Tree(np.array(tree["prompt"]), [np.array(a) for a in tree["answers"]]) for tree in chunk]
+        trees = TreeList([Tree(np.array(tree["prompt"]), [np.array(a) for a in tree["answers"]]) for tree in chunk])
         turn.wait()
-        rewards = score_trees(model, trees, **options)
-        turn.tokens = sum(map(len, trees))
+        rewards = score_prompts(model, trees, layout, args.micro_batch_tokens)
+        turn.tokens = sum(map(len, trees.items))
         turn.note = {"rewards": np.concatenate(rewards).tolist()}
     turn.wait()
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """A model folder with head and pad token for all; chunks of pairs, and of prompts with N answers."""
-    from rm.data.load import load_raw
-    from rm.data.rows import tokenize_pairs
-    from rm.model.load import load_classifier, load_tokenizer
+    import numpy as np
+    from common import make_config, pair_ids, tokenize
 
-    tokenizer = load_tokenizer(args.model)
-    load_classifier(args.model, tokenizer, seed=42).save_pretrained(folder / "model")
+    from rm.model.load import load_reward_model, load_tokenizer
+
+    config = make_config(args)
+    tokenizer = load_tokenizer(config)
+    load_reward_model(tokenizer, config).classifier.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    data = tokenize_pairs(load_raw(args.data, split="train"), tokenizer, max_length=args.max_length).dataset
-    rows = list(data.shuffle(seed=0).select(range((args.rounds + 1) * args.chunk)))
-    cuts = [row["prefix_length"] for row in rows]
-    answers = [
-        row[f"input_ids_{side}"][cut:] for row, cut in zip(rows, cuts, strict=True) for side in ("chosen", "rejected")
-    ]
-    pairs = [{"chosen_ids": row["input_ids_chosen"], "rejected_ids": row["input_ids_rejected"]} for row in rows]
+    data = tokenize(args.data, tokenizer, config)
+    chosen = np.random.default_rng(0).permutation(len(data))[: (args.rounds + 1) * args.chunk]
+    every, found = pair_ids(data), data.trees(chosen.tolist())
+    pairs = [every[i] for i in chosen]
+    answers = [answer.tolist() for tree in found for answer in tree.answers]
     trees = []
-    for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
-        prompt, own = row["input_ids_chosen"][:cut], [(2 * i + k) % len(answers) for k in range(args.candidates)]
+    for i, tree in enumerate(found):
+        prompt, own = tree.prefix.tolist(), [(2 * i + k) % len(answers) for k in range(args.candidates)]
         texts = [tokenizer.decode(prompt + answers[k]) for k in own]
         ids = tokenizer(texts)["input_ids"]  # the tokens that the pipeline will see
         shared = min(map(len, ids)) - 1
         shared = next((n for n in range(shared) if len({side[n] for side in ids}) > 1), shared)
         trees.append({"texts": texts, "prompt": ids[0][:shared], "answers": [side[shared:] for side in ids]})
-    starts, few = range(0, len(rows), args.chunk), max(1, args.chunk * 2 // args.candidates)
+    starts, few = range(0, len(pairs), args.chunk), max(1, args.chunk * 2 // args.candidates)
     chunks = {"pairs": [pairs[i : i + args.chunk] for i in starts], "trees": [trees[i : i + few] for i in starts]}
     args.model, args.chunks = str(folder / "model"), str(folder / "chunks.json")
     Path(args.chunks).write_text(json.dumps(chunks))

@@ -4,7 +4,7 @@
     python tests/bench/startup.py --model configs/tiny_llama --data toy --pairs 100000     # and 1000000
 
 Every start is a process of its own: `train_rm.py`, or `RewardTrainer.train()` on the same file (`--trl_python`; not for
-the toy data). "to the loop" ends when the first step asks for its pairs, "first step" when the second one does. Memory
+the toy data). "to the loop" ends before the first forward pass, "first step" before that of the second step. Memory
 is that of the process alone, without the files that it maps (their pages belong to the system's cache).
 """
 
@@ -24,15 +24,15 @@ from turns import Contender, Turn  # noqa: E402
 
 def run_ours(turn: Turn, args: argparse.Namespace) -> None:
     import train_rm
-    from rm.data.plan import StepPlan
+    from rm.train.oom import GradientAccumulation
 
-    plan_step = StepPlan.step
+    attempt = GradientAccumulation.attempt
 
-    def waiting_step(self, step):
+    def waiting_attempt(self):
         turn.wait()
-        return plan_step(self, step)
+        return attempt(self)
 
-    StepPlan.step = waiting_step
+    GradientAccumulation.attempt = waiting_attempt
     given = dict(model_name_or_path=args.model, dataset_name=args.data, output_dir=args.output_dir)
     given |= dict(overwrite_output_dir=True, max_steps=args.steps + 2)
     given |= dict(train_batch_size=args.batch, max_train_samples=args.pairs)

@@ -1,12 +1,12 @@
-"""Rendering and tokenizing speed against TRL's, nothing cached: pairs/s on the same rows, turn about.
+"""Speed of rendering and tokenizing against TRL, nothing cached: pairs/s on the same rows, in turn.
 
     python tests/bench/tokenizing.py --model MODEL --data pairs.jsonl --trl_python TRL_ENV/bin/python --rounds 5
     python tests/bench/tokenizing.py --model MODEL --data pairs.jsonl … --conversations
 
-`trl` is `RewardTrainer._prepare_dataset`, `ours` is `rm.data.tokenize_pairs`, both with the defaults of their options
-and `--num_proc` processes. `--conversations` turns texts of the form of hh-rlhf ("\\n\\nHuman: … \\n\\nAssistant: …")
-into messages, which both render with the tokenizer's chat template. `--repeat` makes more rows out of few (a number is
-written in front of each, so that no two are alike).
+`trl` is `RewardTrainer._prepare_dataset`, `ours` is `rm.data.cache.tokenize_source`, both with the defaults of their
+options and `--num_proc` processes. `--conversations` turns texts of the form of hh-rlhf ("\\n\\nHuman: … \\n\\n
+Assistant: …") into messages, which both render with the chat template of the tokenizer. `--repeat` makes more rows out
+of few (a number is written in front of each, so that no two are alike).
 """
 
 import argparse
@@ -43,20 +43,22 @@ def run_trl(turn: Turn, args: argparse.Namespace) -> None:
 
 def run_ours(turn: Turn, args: argparse.Namespace) -> None:
     import datasets
+    from common import make_config
 
-    from rm.data.load import load_raw
-    from rm.data.rows import tokenize_pairs
+    from rm.data.cache import tokenize_source
+    from rm.data.formats import detect_format
+    from rm.data.load import load_source
     from rm.model.load import load_tokenizer
 
     datasets.config.HF_DATASETS_CACHE = Path(args.folder, "cache")
-    tokenizer = load_tokenizer(args.model)
-    options = dict(max_length=args.max_length, dataset_num_proc=args.num_proc)
+    config = make_config(args, dataset_num_proc=args.num_proc)
+    tokenizer = load_tokenizer(config)
     for number in range(args.rounds + 1):
-        data = load_raw(f"{args.folder}/rows-{number}.jsonl", split="train")
+        source = load_source(f"{args.folder}/rows-{number}.jsonl", split="train")
         turn.wait()
-        kept = tokenize_pairs(data, tokenizer, **options).dataset
-        first = kept[0]
-        turn.note = {"kept": len(kept), "first": first["input_ids_chosen"] + first["input_ids_rejected"]}
+        kept = tokenize_source(source, "train", tokenizer, detect_format(source, config, tokenizer), args.num_proc)
+        chosen, rejected = kept.trees([0])[0].sequences()
+        turn.note = {"kept": len(kept), "first": [*chosen.tolist(), *rejected.tolist()]}
         turn.tokens = len(kept)
     turn.wait()
 
@@ -71,9 +73,10 @@ def messages(text: str) -> list[dict]:
 
 def prepare(args: argparse.Namespace) -> int:
     """A file of rows for every round, no two rows alike; returns the number of rows in a file."""
-    from rm.data.load import load_raw
+    from rm.data.load import load_source
 
-    rows = [{side: row[side] for side in ("chosen", "rejected")} for row in load_raw(args.data, split="train").dataset]
+    raw = load_source(args.data, split="train").dataset
+    rows = [{side: row[side] for side in ("chosen", "rejected")} for row in raw]
     for number in range(args.rounds + 1):
         with Path(args.folder, f"rows-{number}.jsonl").open("w") as file:
             for copy in range(args.repeat):

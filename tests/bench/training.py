@@ -52,14 +52,14 @@ CONTENDERS = {
 
 def run_ours(turn: Turn, args: argparse.Namespace, precision: str, options: dict) -> None:
     import train_rm
-    from rm.data.plan import StepPlan
     from rm.log.trackers import RunLog
+    from rm.train.oom import GradientAccumulation
 
-    plan_step, collate, log = StepPlan.step, train_rm.collate, RunLog.log
+    attempt, collate, log = GradientAccumulation.attempt, train_rm.collate, RunLog.log
 
-    def waiting_step(self, step):
+    def waiting_attempt(self):
         turn.wait()
-        return plan_step(self, step)
+        return attempt(self)
 
     def counting_collate(*arguments):
         batch = collate(*arguments)
@@ -70,7 +70,7 @@ def run_ours(turn: Turn, args: argparse.Namespace, precision: str, options: dict
         turn.note = {"loss": metrics["train/loss"], "grad_norm": metrics["optim/grad_norm"]}
         log(self, metrics, step)
 
-    StepPlan.step, train_rm.collate, RunLog.log = waiting_step, counting_collate, noting_log
+    GradientAccumulation.attempt, train_rm.collate, RunLog.log = waiting_attempt, counting_collate, noting_log
     given = dict(
         model_name_or_path=args.model,
         dataset_name=args.data,
@@ -153,27 +153,25 @@ def run_trl(turn: Turn, args: argparse.Namespace, precision: str, options: dict)
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """One model folder with head and pad token for all, and the pairs in the order in which our steps take them."""
-    from rm.data.mixture import load_pairs
-    from rm.data.plan import StepPlan
-    from rm.evaluate.evaluator import pair_lengths
-    from rm.model.load import load_classifier, load_tokenizer
+    from common import make_config, pair_ids, pair_lengths
 
-    tokenizer = load_tokenizer(args.model)
-    classifier = load_classifier(args.model, tokenizer, seed=42)
-    classifier.save_pretrained(folder / "model")
+    from rm.data.mixture import load_data
+    from rm.data.plan import Layout, StepPlan
+    from rm.model.load import load_reward_model, load_tokenizer
+
+    config = make_config(args, eval_fraction=0.01)
+    tokenizer = load_tokenizer(config)
+    load_reward_model(tokenizer, config).classifier.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    pairs, _ = load_pairs(tokenizer, dataset_name=args.data, eval_fraction=0.01, max_length=args.max_length, seed=42)
-    lengths = pair_lengths(pairs.dataset)
-    options = dict(train_batch_size=args.batch, micro_batch_tokens=args.micro_batch_tokens, seed=42)
-    plan = StepPlan(lengths, layout="shared_prefix", **options)
-    order = [int(i) for step in range(args.steps + 2) for i in plan.indices(step)]
-    rows = [{"chosen_ids": row["input_ids_chosen"], "rejected_ids": row["input_ids_rejected"]} for row in pairs.dataset]
+    data, _ = load_data(tokenizer, config)
+    plan = StepPlan(data, Layout("shared_prefix", tokenizer.pad_token_id, by_tree=True), config, args.batch)
+    order = [int(i) for step in range(args.steps + 2) for i in plan.prompts(step)]
+    rows = pair_ids(data)
     args.tokens, args.model = str(folder / "tokens.json"), str(folder / "model")
     Path(args.tokens).write_text(json.dumps({"all": rows, "order": order}))
-    unique = lengths.cost("shared_prefix")
     print(
-        f"{len(rows)} pairs of at most {args.max_length} tokens; a pair has {2 * lengths.chosen.mean():.0f} tokens in "
-        f"two sequences, {unique.mean():.0f} with its prefix counted once"
+        f"{len(rows)} pairs of at most {args.max_length} tokens; mean tokens of a pair: "
+        f"{sum(pair_lengths(data)).mean():.0f} in two sequences, {plan.costs.mean():.0f} with the prefix once"
     )
 
 

@@ -1,18 +1,13 @@
 """What comes with data, models and repositories may not execute, ask, loop, write elsewhere, or reach a log."""
 
-import contextlib
 import json
 import os
 import pickle
 import pty
-import random
-import resource
 import select
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,15 +15,13 @@ import datasets
 import pytest
 import torch
 import wandb_files
-from accelerate import Accelerator
 from conftest import tiny_classifier, tiny_tokenizer
-from runs import ROOT, SMALL, reset_accelerate
+from runs import ROOT, SMALL, merged, reset_accelerate
 from safetensors.torch import load_file
 
-import rm.data.render
 import train_rm
-from rm.data.render import OutOfTime, memory_limit, time_limit
-from rm.train.checkpoint import FILES, CheckpointError, damage, digest, load_checkpoint, save_checkpoint
+from rm.config.folders import damage, digest
+from rm.train.checkpoint import CheckpointError
 
 SAYS = {word: [{"role": "user", "content": "w3"}, {"role": "assistant", "content": word}] for word in ("w4", "w5")}
 TALK = [{"chosen": SAYS["w4"], "rejected": SAYS["w5"]}] * 4
@@ -124,7 +117,7 @@ def test_a_pickle_beside_safetensors_is_not_read(model, tmp_path, marker, monkey
     spoil(path, Evil(marker))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     reset_accelerate()
-    from rm import evaluate
+    from rm.evaluate import __main__ as evaluate
 
     assert evaluate.main([f"--model={path}", write(tmp_path / "pairs.jsonl", PAIRS)])["eval/pairs"] == 8
 
@@ -139,21 +132,21 @@ def test_pickled_tokenizer_files_are_not_run(fails, model, tmp_path, marker):
     assert fails(f"--model_name_or_path={path}", *options).startswith("no tokenizer could be loaded from")
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "optimizer.json"])
-def test_a_pickled_checkpoint_is_not_run(tmp_path, marker, file):
-    """Not even with a manifest that says it is whole."""
-    accelerator, model = Accelerator(cpu=True), tiny_classifier("llama")
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.arange(3, 9)[None]).logits.sum().backward()
-    optimizer.step()
-    folder = save_checkpoint(tmp_path, model, optimizer, {"step": 1}, accelerator)
-    load_checkpoint(folder, model, optimizer, accelerator)
-    (folder / file).write_bytes(pickle.dumps(Evil(marker)))
-    manifest = {name: digest(folder / name) for name in FILES}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert damage(folder) is None
-    with pytest.raises(CheckpointError, match="is not a checkpoint of this program"):
-        load_checkpoint(folder, model, optimizer, accelerator)
+def test_a_pickled_checkpoint_is_not_run(train, marker):
+    """Not even with a manifest that says it is complete."""
+    options = ["--max_steps=2", "--save_steps=1"]
+    _, folder = train("run", *options)
+    (folder / "finished.json").unlink()
+    checkpoint = folder / "checkpoints" / "step-1"
+    for name in ("model.safetensors", "optimizer.safetensors", "optimizer.json"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(pickle.dumps(Evil(marker)))
+        manifest = {path.name: digest(path) for path in checkpoint.iterdir() if path.name != "manifest.json"}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        assert damage(checkpoint) is None
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            train("run", *options, f"--resume_from_checkpoint={checkpoint}")
+        (checkpoint / name).write_bytes(content)
 
 
 # ---------------------------------------------------------------- repository code
@@ -189,13 +182,14 @@ def test_code_of_a_repository_is_not_run(fails, model, tmp_path, monkeypatch, sp
     assert fails(f"--model={path}", data, module="rm.evaluate").endswith(ALLOW)
     if spoil is custom_tokenizer:
         template = f"--chat_template_path={path}"
-        problem = f"is neither a Jinja file nor a tokenizer with a chat template ({ALLOW})"
+        problem = f"is neither a Jinja file nor a tokenizer: {ALLOW}"
         assert fails("--dataset_name=toy", template) == f"chat_template_path='{path}' {problem}"
     assert not marker.exists()
     fails(*options, "--trust_remote_code")  # it has no class Evil
     assert marker.exists()  # so this is what would have been run
 
 
+@pytest.mark.slow
 def test_no_question_on_a_terminal(model, tmp_path, marker):
     """As a person starts it: stdin, stdout and stderr are a terminal, on which transformers could ask."""
     path = model("reward")
@@ -220,122 +214,6 @@ def test_no_question_on_a_terminal(model, tmp_path, marker):
     assert shown.decode().strip().splitlines()[-1].endswith(ALLOW) and b"Traceback" not in shown
 
 
-@pytest.mark.parametrize("with_data", [False, True])
-def test_the_script_of_a_data_set_is_not_run(fails, tmp_path, marker, with_data):
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    (folder / "pairs.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    if with_data:
-        write(folder / "train.jsonl", PAIRS)
-    last = fails(f"--dataset_name={folder}", "--eval_fraction=0.5")
-    assert last.endswith("Dataset scripts are no longer supported, but found pairs.py")
-    assert "unknown extension" in fails(f"--dataset_name={folder / 'pairs.py'}", "--eval_fraction=0.5")
-
-
-def test_yaml_in_the_card_of_a_data_set_is_not_run(fails, tmp_path, marker):
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    write(folder / "train.jsonl", PAIRS)
-    (folder / "README.md").write_text(f"---\na: !!python/object/apply:os.mkdir ['{marker}']\n---\n")
-    assert "could not determine a constructor" in fails(f"--dataset_name={folder}", "--eval_fraction=0.5")
-
-
-# ---------------------------------------------------------------- chat templates
-
-LOOP, END = "{% for i in range(99999) %}", "{% endfor %}"
-SPACE = "{% set ns = namespace(x='" + "x" * 99 + "') %}"
-TIME = "the chat template takes more than 1 s for the 2 conversations from here; give another one by chat_template_path"
-MEMORY = "the chat template needs more than 256 MiB of memory"
-TEMPLATES = {
-    "loops": (LOOP * 3 + END * 3, TIME),
-    "output": (LOOP * 3 + "x" + END * 3, TIME),
-    "recursion": ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "refuses the messages: RecursionError"),
-    "loop in itself": ("{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}", "the messages: RecursionError"),
-    "nesting": ("{% if true %}" * 3000 + "{% endif %}" * 3000, "refuses the messages: RecursionError"),
-    "long range": ("{% for i in range(10**9) %}{% endfor %}", "refuses the messages: OverflowError: Range too big"),
-    "multiplication": ('{{ "x" * 10**10 }}', MEMORY),
-    "filler": ("{{ '%10000000000d' % 1 }}", MEMORY),
-    "list": ("{{ ([0] * 10**10)|length }}", MEMORY),
-    "doubling": (SPACE + "{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", MEMORY),
-    "long text": ('{{ "x" * 10**7 }}', "makes 10,000,000 characters of"),
-    "attributes": ("{{ ''.__class__.__mro__ }}", "refuses the messages: SecurityError"),
-    "file": ("{% include '/etc/hostname' %}", "refuses the messages: TypeError: no loader"),
-}  # fmt: skip
-
-
-@pytest.fixture
-def small_limits(monkeypatch):
-    monkeypatch.setattr(rm.data.render, "RENDER_SECONDS", 1)
-    monkeypatch.setattr(rm.data.render, "RENDER_BYTES", 256 << 20)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_template_that_does_not_end(fails, models, tmp_path, small_limits, name):
-    template, message = TEMPLATES[name]
-    (tmp_path / "t.jinja").write_text(template)
-    data = write(tmp_path / "pairs.jsonl", TALK)
-    options = f"--model_name_or_path={models / 'reward'}", "--chat_template_path=t.jinja", "--eval_fraction=0.5"
-    started, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    last = fails(*options, data)
-    assert last.startswith(f"{tmp_path / 'pairs.jsonl'}, row 0: the chat template ") and message in last
-    assert time.monotonic() - started < 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 600 << 10  # KiB
-
-
-def test_template_that_does_not_end_in_a_worker(fails, models, tmp_path, small_limits):
-    (tmp_path / "t.jinja").write_text(LOOP * 3 + END * 3)
-    options = f"--model_name_or_path={models / 'reward'}", "--chat_template_path=t.jinja", "--eval_fraction=0.5"
-    last = fails(*options, write(tmp_path / "pairs.jsonl", TALK), "--dataset_num_proc=2")
-    assert "row 0: the chat template takes more than 1 s" in last or "row 1: the chat template takes" in last
-
-
-def test_time_limit():
-    def earlier(*_):
-        raise AssertionError
-
-    before = signal.signal(signal.SIGALRM, earlier)
-    try:
-        with pytest.raises(OutOfTime), time_limit(0.05):
-            with pytest.raises(Exception, match="never"):  # libraries catch those
-                while True:
-                    pass
-        with time_limit(0.05):
-            pass
-        time.sleep(0.1)
-        assert signal.getsignal(signal.SIGALRM) is earlier and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-        ended = []
-        with time_limit(0.05):  # the second alarm ends what swallowed the first
-            pass
-        thread = threading.Thread(target=lambda: [ended.append(1) for _ in [0] for _ in [time_limit(0.01).__enter__()]])
-        thread.start()
-        thread.join(timeout=10)
-        assert ended == [1] and signal.getitimer(signal.ITIMER_REAL) == (0, 0)  # no limit, and no error either
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_time_limit_leaves_no_alarm():
-    """Also when the alarm comes at the very end, or the next one would hit whatever the program does then."""
-    seconds, chance = 0.0005, random.Random(0)
-    for _ in range(1000):
-        end = time.perf_counter() + seconds + chance.uniform(-2e-5, 1e-5)
-        with contextlib.suppress(OutOfTime), time_limit(seconds):
-            while time.perf_counter() < end:
-                pass
-        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-        assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the data of a process")
-def test_memory_limit():
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    with pytest.raises(MemoryError), memory_limit(64 << 20):
-        bytes(128 << 20)
-    assert resource.getrlimit(resource.RLIMIT_DATA) == before
-    with memory_limit(256 << 20):
-        assert len(bytes(128 << 20)) == 128 << 20
-
-
 # ---------------------------------------------------------------- names that become paths
 
 
@@ -354,7 +232,7 @@ def succeeds(tmp_path, monkeypatch, capsys):
     def run(*options: str) -> None:
         reset_accelerate()
         some = [*SMALL, "--max_train_samples=none", "--max_eval_samples=none", "--max_steps=1", "--eval_fraction=0.5"]
-        monkeypatch.setattr(sys, "argv", ["train_rm.py", *some, *options])
+        monkeypatch.setattr(sys, "argv", ["train_rm.py", *merged([*some, *options])])
         assert train_rm.run() == 0, capsys.readouterr().err
 
     return run
@@ -413,6 +291,7 @@ def leaks(content: bytes) -> list[str]:
     return [name for name, secret in SECRETS.items() if secret.encode() in content]
 
 
+@pytest.mark.slow
 def test_secrets_reach_no_file_and_no_output(tmp_path):
     """The real program with W&B (offline) and TensorBoard: config.yaml, results.json, trackers, stdout, stderr."""
     kwargs = {
@@ -424,7 +303,7 @@ def test_secrets_reach_no_file_and_no_output(tmp_path):
     options += ["--report_to=wandb,tensorboard", "--output_dir=out", "--max_steps=1"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     env |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, str(ROOT / "train_rm.py"), "dataset_name=toy", *SMALL, *options]
+    command = [sys.executable, str(ROOT / "train_rm.py"), *merged([*SMALL, *options])]
     done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=env, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

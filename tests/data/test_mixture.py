@@ -1,22 +1,16 @@
-"""rm/mixture.py: what an epoch of several data sets holds, their names, evaluation sets with metrics of their own."""
+"""Several data sets: what an epoch has of each, their names, evaluation sets, text and conversations together."""
 
-import io
-import json
 import logging
 
-import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
-from rich.console import Console
-from test_data import HH, decoded, say, word_tokenizer, write
+from examples import HH, decoded, options, say, write
 
 from rm.config.errors import InputError
-from rm.data.audit import audit_table, data_report
-from rm.data.mixture import draw, load_pairs, name_sets
-from rm.evaluate.evaluator import pairs_metrics
-from rm.evaluate.metrics import evaluation_metrics
-from rm.evaluate.table import pair_table
+from rm.data.audit import data_report
+from rm.data.mixture import draw, load_data, load_evaluation_data, name_sets
+from rm.data.plan import Layout
 
 LETTERS = "a b c d e f g x y z".split()
 TEXT = [{"chosen": f"{a} yes", "rejected": f"{a} no", "margin": 0.5} for a in LETTERS]  # 10 pairs
@@ -26,39 +20,32 @@ TALK = [
     for i, a in enumerate(LETTERS[:4])
 ]
 IDS = [{"chosen_ids": [8, 9, i], "rejected_ids": [8, i]} for i in (10, 11, 12)]
-NO_LOSS = {"center_rewards_coefficient": None, "label_smoothing": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
 
 
 @pytest.fixture
-def files(tmp_path) -> list[str]:
+def files(tmp_path, own_cache, monkeypatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
     rows = {"text": TEXT, "talk": TALK, "ids": IDS}
     return [write(tmp_path / f"{name}.jsonl", rows[name]) for name in rows]
 
 
 @pytest.fixture
 def load(tokenizer, files, tmp_path):
-    """load(weights, **options) → (mixture of text, talk and ids, the test pairs)."""
+    """load(weights, **options) → (mixture of text, talk and ids, the evaluation data)."""
     test = write(tmp_path / "test.jsonl", [HH])
 
-    def run(weights=None, **options):
-        options = {"dataset_name": files, "eval_dataset_name": test} | options
-        return load_pairs(tokenizer, dataset_weights=weights, **options)
+    def run(weights=None, **changes):
+        changes = {"dataset_name": files, "eval_dataset_name": test} | changes
+        return load_data(tokenizer, options(dataset_weights=weights, **changes))
 
     return run
 
 
-# ---------------------------------------------------------------- what an epoch holds
+def sizes(data) -> list[int]:
+    return [part.size for part in data.sets.values()]
+
+
+# ---------------------------------------------------------------- what an epoch has
 
 
 def test_draw():
@@ -71,38 +58,38 @@ def test_draw():
     assert len(draw(10, 0.04, [42, 0])) == 0 and len(draw(10, 0.26, [42, 0])) == 3
 
 
-def test_three_formats_and_their_columns_in_one(load, tokenizer):
+def test_three_formats_in_one_on_disk(load, tokenizer):
     train, _ = load([1, 1.5, 2])
-    assert [pairs.format.split("_")[0] for pairs in train.sets.values()] == ["text", "conversation", "tokenized"]
-    assert {name: (rows.start, rows.stop) for name, rows in train.rows().items()} == {
-        "text": (0, 10), "talk": (10, 16), "ids": (16, 22),
-    }  # fmt: skip
-    assert train.dataset["margin"][:] == [0.5] * 10 + [0.0] * 12
-    assert not {"subset", "true_margin"} & set(train.dataset.column_names)
+    assert [part.encoding.kind for part in train.sets.values()] == ["text", "conversation", "tokens"]
+    assert sizes(train) == [10, 6, 6] and len(train) == 22
+    assert [train.set_of(i) for i in (0, 9, 10, 15, 16, 21)] == ["text", "text", "talk", "talk", "ids", "ids"]
+    talk = draw(4, 1.5, [42, 1]).tolist()
+    table = train.comparisons
+    assert table["margin"].tolist() == [0.5] * 10 + [0.0] * 12
+    assert np.array_equal(table["true_margin"], [np.nan] * 10 + [i - 1.5 for i in talk] + [np.nan] * 6, equal_nan=True)
+    assert train.dataset["subset"][:] == [None] * 10 + ["st"[i % 2] for i in talk] + [None] * 6
     assert train.ids([0, 21, 9]) == ["text/0", "ids/2", "text/9"]
-    talk = draw(4, 1.5, [0, 1]).tolist()
     assert train.ids(range(10, 16)) == [f"talk/t{i}" for i in talk]
     got = decoded(train, tokenizer)
     assert got[:10] == [(f"{a} yes <eos>", f"{a} no <eos>") for a in LETTERS]
-    assert got[10:16] == [decoded(train.sets["talk"], tokenizer)[i] for i in talk]
+    start = [f"<|user|> {LETTERS[i]} <|end|> <|assistant|>" for i in talk]
+    assert got[10:16] == [(f"{text} hi <|end|>", f"{text} no <|end|>") for text in start]
     assert got[16:] == [("a b c", "a c")] * 2 + [("a b d", "a d")] * 2 + [("a b e", "a e")] * 2
-    assert train.texts(10) == {"prompt": f"user: {LETTERS[talk[0]]}", "chosen": "hi", "rejected": "no"}
-    assert train.texts(21) == {"prompt": "a", "chosen": "b e", "rejected": "e"}
-
-
-def test_tokens_stay_on_disk(load):
-    train, _ = load([1, 1.5, 0.5])
+    assert train.texts(10) == {"prompt": f"user: {LETTERS[talk[0]]}", "answers": ["hi", "no"]}
+    assert train.texts(21) == {"prompt": "a", "answers": ["b e", "e"]}
+    hashes = train.prompt_hashes()
+    assert len(set(hashes[:10])) == 10 and hashes[10] == hashes[11] and len(set(hashes[16:])) == 1  # the token a
+    assert train.costs(Layout("shared_prefix", 0))[[0, 16]].tolist() == [5, 4]
+    assert train.costs(Layout("concatenated", 0))[[0, 16]].tolist() == [6, 6]
     blocks = [block for row in train.dataset.data.blocks for block in row]
-    assert {type(block).__name__ for block in blocks} == {"MemoryMappedTable"}
-    assert len(train.dataset.cache_files) == 3
+    assert {type(block).__name__ for block in blocks} == {"MemoryMappedTable"} and len(train.dataset.cache_files) == 3
 
 
-def test_one_data_set_is_as_it_was_but_for_a_weight(load, files, tokenizer):
+def test_one_data_set_is_as_it_is_but_for_a_weight(load, files):
     plain, test = load(dataset_name=files[1])
-    (pairs,) = plain.sets.values()
-    assert plain.dataset is pairs.dataset and plain.fingerprint == pairs.fingerprint and plain.audit is not None
-    assert plain.ids([1]) == ["t1"] and "weight" not in plain.audit and list(data_report(plain, test)["train"])
-    assert "sets" not in data_report(plain, test)["train"]
+    assert plain.ids([1]) == ["t1"] and plain.dataset["subset"][:] == list("stst")
+    report = data_report(plain, test)["train"]
+    assert "weight" not in report and "sets" not in report and report["fingerprint"] == plain.fingerprint
     twice, test = load([2], dataset_name=[files[1]])
     assert twice.ids(range(8)) == [f"t{i}" for i in (0, 0, 1, 1, 2, 2, 3, 3)]
     report = data_report(twice, test)["train"]
@@ -110,146 +97,92 @@ def test_one_data_set_is_as_it_was_but_for_a_weight(load, files, tokenizer):
     assert report["fingerprint"] == twice.fingerprint != plain.fingerprint
 
 
-def test_the_fingerprint_covers_the_mixture(load, files, tokenizer, tmp_path):
+def test_the_fingerprint_covers_the_mixture(load, files, tmp_path):
     first = load([1, 1.5, 2])[0].fingerprint
-    assert load([1, 1.5, 2])[0].fingerprint == first
-    others = [load([1, 2, 1.5]), load([1, 1, 1]), load(None), load([1, 1.5, 2], dataset_name=files[::-1])]
-    others += [load([1, 1.5, 2], seed=seed) for seed in (1, 2, 3)]
-    assert first not in {train.fingerprint for train, _ in others}
-    assert load([1, 1, 1])[0].fingerprint == load(None)[0].fingerprint
     moved = [write(tmp_path / f"moved-{i}.jsonl", rows) for i, rows in enumerate((TEXT, TALK, IDS))]
-    assert load([1, 1.5, 2], dataset_name=moved)[0].fingerprint == first  # it may lie elsewhere
+    assert load([1, 1.5, 2], dataset_name=moved)[0].fingerprint == first  # the files may be elsewhere
+    others = [load([1, 2, 1.5]), load([1, 1, 1]), load([1, 1.5, 2], dataset_name=files[::-1])]
+    others += [load([1, 1.5, 2], seed=seed) for seed in (1, 3)]
+    assert len({first, *(train.fingerprint for train, _ in others)}) == 6
+    assert load(None)[0].fingerprint == others[1][0].fingerprint
     write(tmp_path / "text.jsonl", TEXT[1:])
     assert load([1, 1.5, 2])[0].fingerprint != first
 
 
-def test_a_weight_that_draws_nothing(load):
-    with pytest.raises(InputError, match=r"ids.jsonl: dataset_weights=0.1 draws none of 3 pairs"):
+def test_wrong_weights_and_rows_name_their_file(load, tmp_path):
+    with pytest.raises(InputError, match=r"ids.jsonl: dataset_weights=0.1 draws none of 3 pairs$"):
         load([1, 1, 0.1])
-
-
-def test_a_wrong_row_is_named_by_its_file(load, files, tmp_path):
     write(tmp_path / "talk.jsonl", [*TALK, TALK[0] | {"rejected": None}])
-    with pytest.raises(InputError, match=r"talk.jsonl, row 4: 'rejected' is missing"):
+    with pytest.raises(InputError, match=r"talk.jsonl, row 5: 'rejected' is missing"):
         load()
 
 
-def test_samples_are_of_each_data_set_and_a_configuration_may_be_of_each(load, files):
+def test_samples_are_of_each_data_set_and_a_configuration_may_be_of_each(load):
     train, _ = load([1, 1, 2], max_train_samples=2, dataset_config=["default", None, None])
-    assert [len(pairs.dataset) for pairs in train.sets.values()] == [2, 2, 2] and len(train.dataset) == 8
-    assert list(train.sets) == ["text-default", "talk", "ids"]
+    assert list(train.sets) == ["text-default", "talk", "ids"] and sizes(train) == [2, 2, 4]
 
 
 # ---------------------------------------------------------------- evaluation sets
 
 
-def test_the_held_out_part_of_each_comes_before_the_weights(load):
-    train, test = load([2, 0.5, 1], eval_dataset_name=None, eval_fraction=0.3)
-    assert list(test.sets) == ["text", "talk", "ids"]
-    assert [len(pairs.dataset) for pairs in test.sets.values()] == [3, 1, 1]
-    assert [len(pairs.dataset) for pairs in train.sets.values()] == [7, 3, 2] and len(train.dataset) == 14 + 2 + 2
-    assert [pairs.audit["in_train"] for pairs in test.sets.values()] == [0, 0, 0]
-    assert test.ids(range(5)) == [f"{name}/{pairs.dataset['id'][i]}" for name, pairs in test.sets.items()
-                                  for i in range(len(pairs.dataset))]  # fmt: skip
-    alone = load([2, 0.5, 1], eval_dataset_name=None, eval_fraction=0.3, only_evaluation=True)
-    assert alone[0] is None and alone[1].fingerprint == test.fingerprint
+def test_the_held_out_part_of_each_comes_before_the_weights(load, tokenizer, files):
+    held_out = {"dataset_name": files, "eval_dataset_name": None, "eval_fraction": 0.3}
+    train, test = load([2, 0.5, 1], **held_out)
+    assert list(test.sets) == ["text", "talk", "ids"] and sizes(test) == [3, 1, 1]
+    assert sizes(train) == [14, 2, 2] and [part.audit["kept"] for part in train.sets.values()] == [7, 3, 2]
+    assert [part.audit["in_train"] for part in test.sets.values()] == [0, 0, 0]
+    assert test.ids(range(5)) == ["text/0", "text/1", "text/2", "talk/" + test.dataset["id"][3], "ids/0"]
+    alone = load_evaluation_data(tokenizer, options(**held_out), False)
+    assert alone.fingerprint == test.fingerprint
 
 
-def test_the_test_split_of_each(tokenizer, tmp_path):
+def test_the_test_split_of_each(tokenizer, files, tmp_path):
     for name in ("one", "two"):
         splits = DatasetDict(train=Dataset.from_list(TEXT[:6]), test=Dataset.from_list(TEXT[6:]))
         splits.save_to_disk(tmp_path / name)
-    train, test = load_pairs(tokenizer, dataset_name=["one", "two"], dataset_weights=[0.5, 2])
-    assert list(test.sets) == ["one", "two"] and len(test.dataset) == 8 and len(train.dataset) == 15
+    train, test = load_data(tokenizer, options(dataset_name=["one", "two"], dataset_weights=[0.5, 2]))
+    assert list(test.sets) == ["one", "two"] and sizes(test) == [4, 4] and sizes(train) == [3, 12]
 
 
 def test_in_train_of_each_set_is_counted_against_what_is_trained_on(load, tmp_path, caplog):
     sets = {"seen": write(tmp_path / "1.jsonl", TEXT[:3]), "half": write(tmp_path / "2.jsonl", TEXT)}
     sets["new"] = write(tmp_path / "3.jsonl", [HH])
     caplog.set_level(logging.WARNING)
-    train, test = load([2, 1, 1], eval_dataset_name=sets, max_train_samples=5)
-    assert [pairs.audit["in_train"] for pairs in test.sets.values()] == [3, 5, 0] and test.audit["in_train"] == 8
+    _, test = load([2, 1, 1], eval_dataset_name=sets, max_train_samples=5)
+    assert [part.audit["in_train"] for part in test.sets.values()] == [3, 5, 0] and test.audit["in_train"] == 8
     assert "1.jsonl: 3 of the 3 test pairs" in caplog.text and "3.jsonl" not in caplog.text
-    few = load([0.4, 1, 1], eval_dataset_name=sets)[1]
+    _, few = load([0.4, 1, 1], eval_dataset_name=sets)
     assert few.sets["half"].audit["in_train"] == 4  # of the ten only these are drawn
 
 
-def test_metrics_of_each_set_and_of_all(load, files):
-    _, test = load(eval_dataset_name={"a": files[0], "b": files[1]})
-    rewards = np.random.default_rng(0).normal(size=(14, 2))
-    metrics = pairs_metrics(pair_table(test, rewards), **NO_LOSS)
-    plain = pair_table(test, rewards).drop(columns=["subset", "true_margin"])
-    assert plain["data_margin"].tolist() == [0.5] * 10 + [0.0] * 4
-    want = evaluation_metrics(plain)
-    want |= evaluation_metrics(plain[:10], prefix="eval/a")
-    talk = {"subset": list("stst"), "true_margin": [row["true_margin"] for row in TALK]}
-    want |= evaluation_metrics(plain[10:].assign(**talk), prefix="eval/b")
-    assert metrics == pytest.approx(want, nan_ok=True)
-    assert metrics["eval/pairs"] == 14 and metrics["eval/b/s/pairs"] == 2
-    assert "eval/accuracy_ceiling" not in metrics and "eval/b/accuracy_ceiling" in metrics
-    assert "eval/s/accuracy" not in metrics and "eval/a/spearman_true_margin" not in metrics
-    _, known = load(eval_dataset_name={"a": files[1], "b": files[1]})
-    assert "eval/accuracy_ceiling" in pairs_metrics(pair_table(known, rewards[:8]), **NO_LOSS)
-
-
-def test_one_set_is_evaluated_as_before(load, files):
-    rewards = np.random.default_rng(0).normal(size=(4, 2))
-    for name in (files[1], [files[1]], {"mine": files[1]}):
-        metrics = pairs_metrics(pair_table(load(eval_dataset_name=name)[1], rewards), **NO_LOSS)
-        assert "eval/s/accuracy" in metrics and not any(key.startswith(("eval/talk", "eval/mine")) for key in metrics)
-
-
 def test_the_names_of_evaluation_sets_are_part_of_their_fingerprint(load, files):
-    prints = [
-        load(eval_dataset_name=dict(zip(names, files, strict=False)))[1].fingerprint for names in ("ab", "ab", "ba")
-    ]
-    assert prints[0] == prints[1] != prints[2]
+    named = [load(eval_dataset_name=dict(zip(names, files, strict=False)))[1] for names in ("ab", "ab", "ba")]
+    assert named[0].fingerprint == named[1].fingerprint != named[2].fingerprint
 
 
-def test_the_first_pairs_of_each_set(load, files):
+def test_the_first_prompts_of_each_set(load, files):
     _, test = load(eval_dataset_name={"a": files[0], "b": files[1]})
     assert test.first_of_each(2).tolist() == [0, 1, 10, 11]
     assert test.first_of_each(6).tolist() == [*range(6), 10, 11, 12, 13]
     assert test.first_of_each(-1).tolist() == list(range(14)) and len(test.first_of_each(0)) == 0
-    assert [test.set_of(i) for i in (0, 9, 10, 13)] == ["a", "a", "b", "b"]
 
 
-# ---------------------------------------------------------------- audit
+PROMPTED = [{"prompt": "a", "chosen": " b", "rejected": " c"}]
+AS_TEXT, AS_TALK = ("a b <eos>", "a c <eos>"), tuple(f"<|user|> a <|end|> <|assistant|> {end} <|end|>" for end in "bc")
 
 
-def test_audit_of_each_and_of_all(load, files, tmp_path):
-    more = [{"chosen": "d no", "rejected": "d yes"}, {"chosen": "a", "rejected": "a"}]
-    write(tmp_path / "talk.jsonl", [*TEXT[:2], *(row | {"margin": 0} for row in more)])
-    train, test = load([1, 1.5, 2], eval_dataset_name=files[:2])
-    report = json.loads(json.dumps(data_report(train, test)))["train"]
-    together = {"total": 17, "identical": 1, "kept": 16, "drawn": 10 + 5 + 6, "duplicate": 2, "contradictory": 2}
-    assert {name: report[name] for name in together} == together
-    assert report["max_tokens"] == 3 and report["mean_tokens"] == pytest.approx((13 * 3 + 3 * 2.5) / 16, abs=0.01)
-    assert [(part["weight"], part["drawn"]) for part in report["sets"].values()] == [(1, 10), (1.5, 5), (2, 6)]
-    assert report["sets"]["talk"]["source"] == files[1] and report["sets"]["talk"]["duplicate"] == 0
-    assert report["fingerprint"] == train.fingerprint
-    assert (report["source"], report["format"]) == (", ".join(files), "text_implicit_prompt, tokenized")
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(audit_table(train, test))
-    text = console.export_text()
-    rows = [[cell.strip() for cell in line.strip("┃│\n").split("│")] for line in text.replace("┃", "│").splitlines()]
-    assert ["count", "text", "talk", "ids", "all", "meaning"] in rows and [
-        "count",
-        "text",
-        "talk",
-        "all",
-        "meaning",
-    ] in rows
-    assert any(row[:5] == ["weight", "1", "1.5", "2", ""] for row in rows)
-    assert any(row[:5] == ["drawn", "10", "5", "6", "21"] for row in rows)
-    assert any(row[:4] == ["in_train", "10", "3", "13"] for row in rows)
-
-
-def test_a_table_for_each_split_if_one_has_several_sets(load):
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(audit_table(*load()))
-    text = console.export_text()
-    assert "Data audit: train" in text and "Data audit: test" in text and text.count(" all ") == 1
+@pytest.mark.parametrize(("option", "train_on", "want"), [
+    (None, "talk", AS_TALK), (None, "text", AS_TEXT), (False, "talk", AS_TEXT), (True, "prompted", AS_TALK),
+])  # fmt: skip
+def test_text_is_evaluated_as_what_is_trained_on(load, tokenizer, tmp_path, caplog, option, train_on, want):
+    caplog.set_level(logging.INFO)
+    name = write(tmp_path / "prompted.jsonl", PROMPTED)
+    changes = {"dataset_name": str(tmp_path / f"{train_on}.jsonl"), "eval_dataset_name": name}
+    _, test = load(text_as_conversation=option, **changes)
+    assert decoded(test, tokenizer) == [want]
+    assert ("text_as_conversation=false keeps it text" in caplog.text) == (option is None and want is AS_TALK)
+    alone = load_evaluation_data(tokenizer, options(text_as_conversation=option, **changes), train_on == "talk")
+    assert decoded(alone, tokenizer) == decoded(test, tokenizer)
 
 
 # ---------------------------------------------------------------- names
@@ -272,16 +205,14 @@ def test_names(given, configs, names):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("option", "given", "message"),
     [
-        (["a/x.jsonl", "toy", "a/x.jsonl"], "eval_dataset_name: a/x.jsonl is given twice; give it once"),
-        ({"a/b": "toy", "c": "toy"}, "eval_dataset_name: 'a/b' is no name for a set"),
-        ({"": "toy", "c": "toy"}, "eval_dataset_name: '' is no name for a set"),
-        ({"accuracy": "toy", "c": "toy"}, "eval_dataset_name: a set cannot be named 'accuracy', which is a metric"),
-        ({"spearman_true_margin": "toy", "c": "toy"}, "which is a metric"),
-        (["loss.jsonl", "toy"], "a set cannot be named 'loss', which is a metric; give another name, in a dict"),
+        ("eval_dataset_name", ["a/x.jsonl", "toy", "a/x.jsonl"], "a/x.jsonl is given twice; give it once"),
+        ("dataset_name", ["a", "a"], "a is given twice; use dataset_weights to train on it more often"),
+        ("eval_dataset_name", {"a/b": "toy", "c": "toy"}, "'a/b' is not a name for a set; use letters, digits and . _"),
+        ("eval_dataset_name", {"": "toy", "c": "toy"}, "'' is not a name for a set"),
     ],
 )
-def test_wrong_names(given, message):
-    with pytest.raises(InputError, match=message):
-        name_sets("eval_dataset_name", given)
+def test_wrong_names(option, given, message):
+    with pytest.raises(InputError, match=f"^{option}: {message}"):
+        name_sets(option, given)

@@ -1,4 +1,4 @@
-"""The table of an evaluation: prompts, sets, what is missing, and the file."""
+"""The evaluation table: its columns, prompts, and the file."""
 
 import json
 
@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from runs import ROOT, mixture
+from tables import table
+from transformers import AutoTokenizer
 
-from rm.data.load import load_raw
-from rm.data.mixture import load_pairs
-from rm.data.rows import tokenize_pairs
-from rm.evaluate.table import pair_table, read_table, sets_of, with_rewards, without_missing, worst, write_table
-from rm.model.load import load_tokenizer
+from rm.config.cli import parse_config
+from rm.config.errors import InputError
+from rm.data.mixture import load_evaluation_data
+from rm.evaluate.table import TEXT_COLUMNS, evaluation_table, worst, write_table
 
 HH = "\n\nHuman: which tea?\n\nAssistant:"
 X, Y, Z, A, B, C = "tea ", "rice ", "bread ", "close", "give", "wash"  # words that the tokenizer knows
@@ -19,66 +20,76 @@ X, Y, Z, A, B, C = "tea ", "rice ", "bread ", "close", "give", "wash"  # words t
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(str(ROOT / "configs" / "tiny_llama"))
+    return AutoTokenizer.from_pretrained(ROOT / "configs" / "tiny_llama")
 
 
-def prompts(rows, tokenizer, path, **options) -> list[int]:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = tokenize_pairs(load_raw(str(path), split="train"), tokenizer, **options)
-    numbers = pairs.prompts()
-    assert numbers.dtype == np.int64
-    return [numbers.tolist().index(number) for number in numbers]  # the first pair with the same prompt
+@pytest.fixture
+def load(tokenizer):
+    """load(eval_dataset_name) → evaluation data."""
+
+    def run(name):
+        options = ["dataset_name=toy", "model_name_or_path=tiny", f"eval_dataset_name={name}"]
+        return load_evaluation_data(tokenizer, parse_config(options), False)
+
+    return run
 
 
 def message(text, role="user"):
     return {"role": role, "content": text}
 
 
-def test_pairs_of_one_prompt_have_one_number(tokenizer, tmp_path):
-    path = tmp_path / "pairs.jsonl"
+def test_comparisons_of_one_prompt_have_one_number(load, tmp_path):
+    def prompts(rows) -> list[int]:
+        path = tmp_path / f"{abs(hash(str(rows)))}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        numbers = evaluation_table(load(str(path)))["prompt"]
+        assert numbers.dtype == np.int64
+        return [numbers.tolist().index(number) for number in numbers]  # the first row with the same prompt
+
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in ((X, A, B), (X, B, C), (Y, A, B), (X, A, C))]
-    assert prompts(rows, tokenizer, path) == [0, 0, 2, 0]
+    assert prompts(rows) == [0, 0, 2, 0]
     rows = [{"chosen": HH + c, "rejected": HH + r} for c, r in ([" close.", " give."], [" wash!", " wash, my"])]
     rows += [{"chosen": "\n\nHuman: and" + HH + " tea", "rejected": "\n\nHuman: and" + HH + " rice"}]
-    assert prompts(rows, tokenizer, path) == [0, 0, 2]  # though two answers begin alike
+    assert prompts(rows) == [0, 0, 2]  # though two answers begin alike
     talk = [[message(X), message(answer, "assistant")] for answer in (A, B, C)]
     other = [[message(Y), message(answer, "assistant")] for answer in (A, B)]
     rows = [{"chosen": c, "rejected": r} for c, r in (talk[:2], other, talk[1:])]
-    assert prompts(rows, tokenizer, path) == [0, 1, 0]
-    rows = [{"prompt": row["chosen"][:1], **{k: v[1:] for k, v in row.items()}} for row in rows]
-    assert prompts(rows, tokenizer, path) == [0, 1, 0]
+    assert prompts(rows) == [0, 1, 0]
+    assert prompts([{"prompt": row["chosen"][:1], **{k: v[1:] for k, v in row.items()}} for row in rows]) == [0, 1, 0]
     rows = [{"chosen_ids": [5, 6, 7], "rejected_ids": [5, 6, 8]}, {"chosen_ids": [5, 9], "rejected_ids": [5, 4]}]
-    rows += [{"chosen_ids": [5, 6, 9], "rejected_ids": [5, 6, 4]}]
-    assert prompts(rows, tokenizer, path) == [0, 1, 0]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [{"prompt": X, "chosen": A, "rejected": A}] + [
-        {"prompt": p, "chosen": A, "rejected": B} for p in (Y, Z, Y)]))  # fmt: skip
-    kept = tokenize_pairs(load_raw(str(path), split="train"), tokenizer).prompts()
-    assert len(kept) == 3 and kept[0] == kept[2] != kept[1]  # of the kept pairs, in their order
+    assert prompts([*rows, {"chosen_ids": [5, 6, 9], "rejected_ids": [5, 6, 4]}]) == [0, 1, 0]
+    dropped = [{"prompt": X, "chosen": A, "rejected": A}]
+    assert prompts(dropped + [{"prompt": p, "chosen": A, "rejected": B} for p in (Y, Z, Y)]) == [0, 1, 0]
 
 
-def test_the_columns(tokenizer, tmp_path):
-    options = mixture(tmp_path)
-    names = json.loads(options[-1].partition("=")[2].replace("'", '"'))
-    _, pairs = load_pairs(tokenizer, dataset_name="toy", eval_dataset_name=names, only_evaluation=True)
-    rewards = np.arange(60.0).reshape(30, 2)
-    table = pair_table(pairs, rewards)
-    assert table["set"].tolist() == ["plain"] * 12 + ["talk"] * 18
-    assert table["row"].tolist() == [*range(12), *range(18)] and table["id"].tolist()[:2] == ["0", "1"]
-    assert table["id"].tolist() == [name.split("/")[1] for name in pairs.ids(range(30))]
-    assert table[["reward_chosen", "reward_rejected"]].to_numpy().tolist() == rewards.tolist()
+def test_the_columns(load, tmp_path, monkeypatch):
+    data = load(json.loads(mixture(tmp_path)[-1].partition("=")[2].replace("'", '"')))
+    monkeypatch.setitem(TEXT_COLUMNS, "words", lambda texts: len(texts["chosen"].split()))
+    frame = evaluation_table(data)
+    assert frame["set"].tolist() == ["plain"] * 12 + ["talk"] * 18
+    assert frame["row"].tolist() == [*range(12), *range(18)]
+    assert frame["id"].tolist() == [name.split("/")[1] for name in data.ids(range(30))]
+    assert (frame[["reward_chosen", "reward_rejected"]] == 0).all(axis=None)
     for name in ("length_chosen", "length_rejected", "prefix_length"):
-        assert table[name].tolist() == list(pairs.dataset[name])
-    assert table["data_margin"].tolist() == [0.25] * 12 + [0.0] * 18
-    plain, talk = sets_of(table).values()
-    assert "true_margin" not in plain and "subset" not in plain and "true_margin" in talk and "subset" in talk
-    whole = without_missing(table)
-    assert "true_margin" not in whole and "subset" in whole  # the one is needed of all pairs, the other of some
-    write_table(table, tmp_path / "eval" / "step-3.parquet")
-    pd.testing.assert_frame_equal(read_table(tmp_path / "eval" / "step-3.parquet"), table)
+        assert frame[name].tolist() == data.comparisons[name].tolist()
+    assert frame["margin"].tolist() == [0.25] * 12 + [0.0] * 18
+    assert (frame[["share", "weight", "p_chosen"]] == 1).all(axis=None)
+    assert frame[["true_margin", "subset"]].notna().all(axis=1).tolist() == [False] * 12 + [True] * 18
+    assert frame["words"].tolist() == [len(data.comparison_texts(i)["chosen"].split()) for i in range(30)]
+    texts = data.comparison_texts(12)
+    assert (texts["chosen"], texts["rejected"]) == tuple(data.texts(12)["answers"]) and texts["prompt"]
+    write_table(frame, tmp_path / "eval" / "step-3.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "eval" / "step-3.parquet"), frame)
     assert not list((tmp_path / "eval").glob(".*"))
 
 
-def test_the_worst_pairs():
-    rewards = np.array([[1, 0], [0, 3], [2, 2], [0, 1], [5, 6.5]])
-    table = with_rewards(pd.DataFrame({"id": list("abcde")}), rewards)
-    assert worst(table, 2).tolist() == [1, 4] and worst(table, 20).tolist() == [1, 4, 3]
+def test_a_set_with_the_name_of_a_metric(load, tmp_path):
+    files = mixture(tmp_path) and [str(tmp_path / f"{name}-test.jsonl") for name in ("plain", "talk")]
+    with pytest.raises(InputError, match="the evaluation set 'loss' has the name of a metric; give it another name"):
+        evaluation_table(load(dict(zip(("loss", "talk"), files, strict=True))))
+    assert len(evaluation_table(load({"loss": files[0]}))) == 12  # alone it is not in the names
+
+
+def test_the_worst_comparisons():
+    frame = table([[1, 0], [0, 3], [2, 2], [0, 1], [5, 6.5], [0, 9]], p_chosen=[1, 1, 1, 1, 1, 0.5])
+    assert worst(frame, 2).tolist() == [1, 4] and worst(frame, 20).tolist() == [1, 4, 3]

@@ -1,5 +1,6 @@
-"""Options for precision and memory: eval_dtype, TF32, offloading, Liger, checkpointing's own arguments; and NEFTune."""
+"""Precision and memory: eval_dtype, TF32, quantization, offloading, Liger, checkpointing, NEFTune, fp16."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -9,28 +10,36 @@ import pytest
 import torch
 import transformers
 from conftest import PAD, random_pairs, tiny_classifier
-from runs import SMALL, assert_same_bits, lines, reset_accelerate
+from runs import SMALL, assert_same_bits, in_copy, lines, reset_accelerate
 from safetensors.torch import load_file
+from tiny import base, load, options
+from transformers import AutoModelForSequenceClassification
 
 import rm.model.precision
 from rm.collate import collate
 from rm.config.errors import InputError
-from rm.data.plan import MicroBatch
+from rm.data.plan import Layout, MicroBatch
 from rm.evaluate import __main__ as evaluate
-from rm.forward import concatenated_forward, score_batch, sequence_lengths
-from rm.model.load import load_classifier, load_tokenizer
-from rm.model.precision import cast_weights, set_tf32
+from rm.forward import concatenated_forward, score_batch
+from rm.model.precision import cast_weights, is_half_precision, quantization_config, set_tf32
 from rm.model.reward_model import RewardModel, use_liger_kernels
 
 ROW = MicroBatch([[0, 1, 2], [3, 4, 5]])
 EACH = MicroBatch([[i] for i in range(6)])
 
 
-def batch_of(layout, pairs=None):
-    return collate(pairs or random_pairs(), ROW if layout == "shared_prefix" else EACH, layout, PAD)
+def batch_of(layout):
+    return collate(random_pairs(), ROW if layout == "shared_prefix" else EACH, Layout(layout, PAD))
 
 
-# ---------------------------------------------------------------------------------------------- eval_dtype
+def gradients(model, layout="shared_prefix") -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    chosen_B, rejected_B = concatenated_forward(model, batch_of(layout))
+    (chosen_B - 2 * rejected_B).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------- eval_dtype, tf32
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -40,7 +49,8 @@ def test_weights_come_back_as_they_were(kind):
     batch = batch_of("concatenated")
     exact = score_batch(model, batch)
     with pytest.raises(KeyError), cast_weights(model, "bfloat16"), torch.no_grad():
-        assert model.dtype == torch.bfloat16 and next(b for b in model.buffers()).dtype != torch.bfloat16
+        assert model.classifier.dtype == torch.bfloat16 and next(model.buffers()).dtype != torch.bfloat16
+        assert is_half_precision(model, "no", None)
         rough = score_batch(model, batch)
         raise KeyError  # also after an error
     assert 0 < (rough - exact).abs().max() < 0.1
@@ -50,14 +60,19 @@ def test_weights_come_back_as_they_were(kind):
         assert torch.equal(score_batch(model, batch), exact)
 
 
+def test_what_counts_as_half_precision():
+    model = RewardModel(tiny_classifier("llama"))
+    assert [is_half_precision(model, *given) for given in ((None, None), ("no", False))] == [False, False]
+    assert [is_half_precision(model, *given) for given in (("bf16", None), ("no", True))] == [True, True]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_run_with_evaluations_in_half_precision(train, dtype, capsys):
-    """trains to the same bits, evaluates to about the same, and the command gives the run's own numbers."""
-    options = ["--eval_steps=2", "--learning_rate=1e-2"]
-    _, plain = train("plain", *options)
-    summary, half = train("half", *options, f"--eval_dtype={dtype}")
+    """trains to the same bits, evaluates to about the same, and the command gives the numbers of the run."""
+    given = ["--eval_steps=2", "--learning_rate=1e-2"]
+    _, plain = train("plain", *given)
+    summary, half = train("half", *given, f"--eval_dtype={dtype}")
     assert (plain / "model.safetensors").read_bytes() == (half / "model.safetensors").read_bytes()
-    assert load_file(half / "model.safetensors")["score.weight"].dtype == torch.float32
     assert lines(plain) == lines(half)
     a, b = lines(plain, "eval/margin"), lines(half, "eval/margin")
     assert a != b and a == pytest.approx(b, abs=0.05)
@@ -69,82 +84,102 @@ def test_a_run_with_evaluations_in_half_precision(train, dtype, capsys):
 
 
 def test_two_processes(zygote, tmp_path):
-    options = ["dataset_name=toy", *SMALL, "--eval_dtype=bfloat16", "--eval_steps=2"]
-    zygote.run(2, [*options, "--output_dir=two"], tmp_path)
-    zygote.run(1, [*options, "--output_dir=one"], tmp_path)
+    given = ["dataset_name=toy", *SMALL, "--eval_dtype=bfloat16", "--eval_steps=2"]
+    zygote.run(2, [*given, "--output_dir=two"], tmp_path)
+    zygote.run(1, [*given, "--output_dir=one"], tmp_path)
     assert lines(tmp_path / "one", "eval/margin") == pytest.approx(lines(tmp_path / "two", "eval/margin"), abs=2e-3)
 
 
-def test_under_fsdp_it_cannot_act(fsdp_zygote, tmp_path):
-    (run, _) = fsdp_zygote.start_many(
-        2, ["dataset_name=toy", *SMALL, "--eval_dtype=bfloat16", "--output_dir=x"], tmp_path
-    )
+@pytest.mark.parametrize("given", [["--eval_dtype=bfloat16"], ["--use_peft", "--load_in_4bit"]])
+def test_fsdp_rejects_what_has_no_effect(fsdp_zygote, tmp_path, given):
+    (run, _) = fsdp_zygote.start_many(2, ["dataset_name=toy", *SMALL, *given, "--output_dir=x"], tmp_path)
     assert run.wait() == 2
-    assert "eval_dtype=bfloat16: cannot act under FSDP; use DDP or one process" in run.stderr
+    assert f"{given[-1].removeprefix('--').split('=')[0]}=" in run.stderr and "use DDP or one process" in run.stderr
 
 
-# ---------------------------------------------------------------------------------------------- tf32, offloading
-
-
-def test_tf32(monkeypatch, fails):
+def test_tf32(monkeypatch):
     before = torch.backends.fp32_precision
     with pytest.raises(InputError, match="tf32=True: it needs an NVIDIA GPU"):
         set_tf32(True)
-    assert "tf32=True: it needs an NVIDIA GPU" in fails("--tf32=true")
-    monkeypatch.setattr(rm.precision, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr(rm.model.precision, "is_torch_tf32_available", lambda: True)
     try:
-        set_tf32(None)
-        assert torch.backends.fp32_precision == before
-        set_tf32(True)
-        assert torch.backends.fp32_precision == "tf32"
-        set_tf32(False)
-        assert torch.backends.fp32_precision == "ieee"
+        for enabled, expected in ((None, before), (True, "tf32"), (False, "ieee")):
+            set_tf32(enabled)
+            assert torch.backends.fp32_precision == expected
     finally:
         torch.backends.fp32_precision = before
 
 
-def gradients(model, layout="shared_prefix") -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    chosen_B, rejected_B = concatenated_forward(model, batch_of(layout))
-    (chosen_B - 2 * rejected_B).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+# ---------------------------------------------------------------------------------------------- quantization
+
+LORA = ["--use_peft", "--lora_target_modules=all-linear", "--lora_dropout=0", "--learning_rate=1e-2"]
 
 
+def test_the_config_is_that_of_trl():
+    more = {"bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True, "bnb_4bit_quant_storage": "bfloat16"}
+    config = quantization_config(options("x", use_peft=True, load_in_4bit=True, dtype="bfloat16", **more)).to_dict()
+    assert config["load_in_4bit"] and config["bnb_4bit_quant_type"] == "fp4" and config["bnb_4bit_use_double_quant"]
+    assert config["bnb_4bit_compute_dtype"] == config["bnb_4bit_quant_storage"] == "bfloat16"
+    assert "score" in config["llm_int8_skip_modules"] and quantization_config(options("x")) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_without_the_package():
+    with pytest.raises(InputError, match="could not be loaded as a reward model: ImportError: .*bitsandbytes"):
+        load(base(), use_peft=True, load_in_8bit=True)
+
+
+@pytest.mark.parametrize("bits", [["--load_in_4bit", "--use_bnb_nested_quant"], ["--load_in_8bit"]])
+def test_quantized_weights_are_trained_resumed_merged_and_loaded_again(train, pretrained, bits, zygote, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    given = [f"--model_name_or_path={pretrained}", *LORA, *bits, "--save_steps=2"]
+    summary, whole = train("whole", *given)  # which checks its export
+    assert lines(whole)[-1] < lines(whole)[0]
+    assert {w.dtype.itemsize for w in load_file(whole / "adapter_model.safetensors").values()} == {4}
+    _, parts = train("parts", *given, in_copy(whole, "parts", 2))
+    assert_same_bits(whole, parts, also_kept=False)
+    _, evaluated = train("evaluated", *given, "--eval_steps=1")  # evaluations leave the weights as they are
+    assert lines(evaluated) == lines(whole)
+    reset_accelerate()
+    assert evaluate.main([f"--model={whole}"])["eval/loss"] == pytest.approx(summary["eval/loss"], abs=1e-3)
+    _, merged = train("merged", *given, "--merge_adapter")
+    assert not hasattr(AutoModelForSequenceClassification.from_pretrained(merged).config, "quantization_config")
+    zygote.run(2, ["dataset_name=toy", *SMALL, *given, "--output_dir=two"], tmp_path)
+    assert lines(whole) == pytest.approx(lines(tmp_path / "two"), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- offloading, Liger
+
+
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_offloaded_activations_give_the_same_gradients(monkeypatch, checkpointing):
+def test_offloaded_activations_give_the_same_gradients(monkeypatch, checkpointing, autocast):
+    """Neither weights nor the half-precision copies of autocast are offloaded."""
     sizes = []
 
     def to_cpu(pin_memory):
         hooks = torch.autograd.graph.save_on_cpu(pin_memory)
         pack = hooks.pack_hook
-        hooks.pack_hook = lambda tensor: sizes.append(tensor) or pack(tensor)
+        hooks.pack_hook = lambda tensor: sizes.append(tensor.shape) or pack(tensor)
         return hooks
 
     monkeypatch.setattr("rm.model.reward_model.save_on_cpu", to_cpu)
     classifier = tiny_classifier("llama")
     if checkpointing:
         classifier.activation_checkpointing_enable({"use_reentrant": False})
-    plain = gradients(RewardModel(classifier).train())
     model = RewardModel(classifier, activation_offloading=True).train()
-    offloaded = gradients(model)
-    assert len(sizes) > 10  # weights are not among them
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    assert not any(tensor.untyped_storage().data_ptr() in weights for tensor in sizes)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain, offloaded = gradients(RewardModel(classifier).train()), gradients(model)
     assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
+    shapes = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters() if p.ndim == 2}
+    assert len(sizes) > 10 and not shapes & set(sizes)
     sizes.clear()
     score_batch(model.eval(), batch_of("concatenated"))
     assert not sizes
 
 
-def test_offloading_needs_a_gpu(fails):
-    assert "activation_offloading=True: it cannot act without a GPU" in fails("--activation_offloading")
-
-
-# ---------------------------------------------------------------------------------------------- Liger
-
-
 def test_liger_gets_model_and_config(monkeypatch):
-    """A stand-in for the package, which needs a GPU: what it is called with, and that its patches are undone."""
+    """A stand-in for the package, which needs a GPU: its arguments, and that its patches are undone."""
     from transformers.models.llama import modeling_llama
 
     calls, plain = [], modeling_llama.apply_rotary_pos_emb
@@ -171,111 +206,85 @@ def test_liger_gets_model_and_config(monkeypatch):
     with pytest.raises(InputError, match="Liger has no kernels for models of type bert"):
         use_liger_kernels(RewardModel(tiny_classifier("bert")), None)
     for losses in ("fused_linear_cross_entropy", "ropes"):
-        with pytest.raises(InputError, match=f"liger_kernel_config: '{losses}' cannot act here; there are rms_norm"):
+        with pytest.raises(InputError, match=f"liger_kernel_config: '{losses}' has no effect; there are rms_norm"):
             use_liger_kernels(model, {losses: True})
     expected = score_batch(model, batch_of("concatenated"))
-    undo = use_liger_kernels(model, {"rms_norm": False})
-    assert calls == [(model.bare, True, False, False, False)]
+    use_liger_kernels(model, {"rms_norm": False})
+    assert calls == [(model.classifier, True, False, False, False)]
     assert torch.equal(score_batch(model, batch_of("concatenated")), expected) and "rope" in calls
-    undo()
+    model.undo_liger()
     assert modeling_llama.apply_rotary_pos_emb is plain
 
 
-def test_liger_needs_a_gpu(fails):
-    assert "use_liger_kernel=True: it cannot act without a GPU" in fails("--use_liger_kernel")
-    assert "does nothing while use_liger_kernel is false" in fails("--liger_kernel_config={'rope': False}")
+@pytest.mark.parametrize("option", ["activation_offloading", "use_liger_kernel"])
+def test_options_that_need_a_gpu(fails, option):
+    assert f"{option}=True" in fails(f"--{option}")
 
 
 # ---------------------------------------------------------------------------------------------- checkpointing
 
 
-def test_what_checkpointing_is_told(tiny_model_folder, monkeypatch, fails):
-    folder = tiny_model_folder("llama")
-    tokenizer, told = load_tokenizer(folder), []
-    original = transformers.modeling_utils.checkpoint
+def test_arguments_of_checkpointing(monkeypatch):
+    given, original = [], transformers.modeling_utils.checkpoint
 
     def checkpoint(function, *args, **kwargs):
-        told.append(kwargs["use_reentrant"])
+        given.append(kwargs["use_reentrant"])
         return original(function, *args, **kwargs)
 
     monkeypatch.setattr(transformers.modeling_utils, "checkpoint", checkpoint)
     found = []
     for kwargs in (None, {"use_reentrant": True}):
-        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
-        classifier = load_classifier(folder, tokenizer, seed=0, **options)
-        found.append(gradients(RewardModel(classifier).train()))
+        model = load(base(), gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+        found.append(gradients(model.train()))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert set(told) == {False, True}
-    message = (
-        "gradient_checkpointing_kwargs={'use_reentrant': True}: does nothing while gradient_checkpointing is false"
-    )
-    assert message in fails("--gradient_checkpointing_kwargs={'use_reentrant': True}")
-    message = "gradient_checkpointing_kwargs: torch takes no 'foo'; there are context_fn, debug"
-    assert message in fails(
-        "--gradient_checkpointing", "--gradient_checkpointing_kwargs=foo=1", "--overwrite_output_dir"
-    )
+    assert set(given) == {False, True}
+    with pytest.raises(InputError, match="gradient_checkpointing_kwargs: there is no 'foo'; there are context_fn, deb"):
+        load(base(), gradient_checkpointing=True, gradient_checkpointing_kwargs={"foo": 1})
 
 
-def test_reentrant_checkpointing_under_lora(train, pretrained):
-    some = [f"--model_name_or_path={pretrained}", "--use_peft", "--lora_dropout=0", "--gradient_checkpointing"]
-    _, one = train("one", *some)
-    _, other = train("other", *some, '--gradient_checkpointing_kwargs={"use_reentrant": true}')
-    assert lines(one, "optim/grad_norm") == pytest.approx(lines(other, "optim/grad_norm"), rel=1e-5)
+def test_reentrant_checkpointing_under_frozen_weights():
+    found = []
+    for reentrant in (False, True):
+        kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        model = load(base(), trainable=r"layers\.1\.", **kwargs).train()
+        chosen_B, _ = concatenated_forward(model, batch_of("shared_prefix"))
+        chosen_B.sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items()) and len(found[0]) == 10
 
 
 # ---------------------------------------------------------------------------------------------- NEFTune
 
 
-def noise(layout, alpha=5.0, kind="llama"):
-    """(noise on the embeddings [R, L, D], batch) of one forward pass in training."""
-    model, seen = RewardModel(tiny_classifier(kind), neftune_noise_alpha=alpha).train(), []
-    table = model.bare.get_input_embeddings()
+@pytest.mark.parametrize("layout", ["concatenated", "shared_prefix"])
+def test_noise_is_that_of_transformers(layout):
+    """Uniform, at most alpha / sqrt(tokens in the row x width)."""
+    model, seen = RewardModel(tiny_classifier("llama"), neftune_noise_alpha=5.0).train(), []
+    table = model.classifier.get_input_embeddings()
     table.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     batch = batch_of(layout)
     score_batch(model, batch)
-    return seen[0] - table.weight.detach()[batch.input_ids_RL], batch
-
-
-@pytest.mark.parametrize("layout", ["concatenated", "shared_prefix"])
-def test_noise_is_bounded_by_the_length_of_the_tokens_own_sequence(layout):
-    pairs, (found, batch) = random_pairs(), noise(layout)
-    order = [(i, side) for side in ("chosen", "rejected") for i in range(6)]  # of the rows of `concatenated`
-    lengths = [len(pairs[i][f"input_ids_{side}"]) for i, side in order]
-    if layout == "concatenated":
-        expected = {(row, t): length for row, length in enumerate(lengths) for t in range(length)}
-    else:
-        expected = {}
-        for row, members in enumerate(ROW.rows):
-            start = 0
-            for i in members:
-                cut, chosen, rejected = (
-                    int(pairs[i][k]) for k in ("prefix_length", "length_chosen", "length_rejected")
-                )
-                parts = [max(chosen, rejected)] * cut + [chosen] * (chosen - cut) + [rejected] * (rejected - cut)
-                expected |= {(row, start + t): length for t, length in enumerate(parts)}
-                start += len(parts)
-    of_batch = sequence_lengths(batch)
-    for (row, t), length in expected.items():
-        assert of_batch[row, t] == length
-        bound = 5.0 / (length * 32) ** 0.5
-        assert 0.75 * bound < found[row, t].abs().max() <= bound * 1.001, (row, t)  # of 32 draws
+    noise_RLD = seen[0] - table.weight.detach()[batch.input_ids_RL]
+    bound = 5.0 / (noise_RLD.shape[1] * 32) ** 0.5
+    assert 0.95 * bound < noise_RLD.abs().max() <= bound * 1.001
+    assert noise_RLD.std() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
 def test_noise_in_training_only():
-    model = RewardModel(tiny_classifier("bert"), neftune_noise_alpha=5.0)
-    plain, batch = RewardModel(tiny_classifier("bert")), batch_of("concatenated")
+    model, plain = (RewardModel(tiny_classifier("bert"), neftune_noise_alpha=alpha) for alpha in (5.0, None))
+    batch = batch_of("concatenated")
     assert torch.equal(score_batch(model.eval(), batch), score_batch(plain, batch))
     noisy = score_batch(model.train(), batch)
     assert not torch.equal(noisy, score_batch(model, batch)) and not torch.equal(noisy, score_batch(plain, batch))
-    assert torch.equal(score_batch(model.eval(), batch), score_batch(plain, batch))  # nothing stays
+    assert torch.equal(score_batch(model.eval(), batch), score_batch(plain, batch))
 
 
 def test_a_run_with_noise_resumes_to_the_same_bits(train, pretrained):
-    options = ["--neftune_noise_alpha=5", "--save_steps=2", "--mixed_precision=bf16", "--gradient_checkpointing"]
-    _, whole = train("whole", *options)
-    _, parts = train("parts", *options, f"--resume_from_checkpoint={whole / 'checkpoints' / 'step-2'}")
+    given = ["--neftune_noise_alpha=5", "--save_steps=2", "--mixed_precision=bf16", "--gradient_checkpointing"]
+    _, whole = train("whole", *given)
+    _, parts = train("parts", *given, in_copy(whole, "parts", 2))
     assert_same_bits(whole, parts, also_kept=False)
-    _, without = train("without", *options[1:])
+    _, without = train("without", *given[1:])
     assert lines(without) != lines(whole)
 
 
@@ -285,8 +294,8 @@ def test_a_run_with_noise_resumes_to_the_same_bits(train, pretrained):
 FP16 = """
 import torch, train_rm
 make = train_rm.make_accelerator
-def fp16(mixed_precision, max_grad_norm):
-    accelerator = make("no", max_grad_norm)
+def fp16(config):
+    accelerator = make(config)
     accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** {scale}, growth_interval=4)
     return accelerator
@@ -307,20 +316,17 @@ def test_fp16_trains_as_float32_does(zygote, tmp_path):
 
 def test_fp16_finds_its_scale_and_resumes_with_it(zygote, tmp_path):
     """Steps whose gradients overflow are left out without an error; the scale is in the checkpoint."""
-    options, fault = [*HALF, "run", "--save_steps=6"], FP16.format(scale=22)
-    zygote.run(1, options, tmp_path, fault=fault)
+    given, fault = [*HALF, "run", "--save_steps=6"], FP16.format(scale=22)
+    zygote.run(1, given, tmp_path, fault=fault)
     skipped = lines(tmp_path / "run", "optim/skipped_steps")
     assert 2 <= skipped[-1] < 8
     scaler = json.loads((tmp_path / "run/checkpoints/step-6/state.json").read_text())["scaler"]
     assert 0 < scaler["scale"] < 2**22
     shutil.copytree(tmp_path / "run", tmp_path / "before")
-    (tmp_path / "run" / "results.json").unlink()
-    again = [*options, "--resume_from_checkpoint=run/checkpoints/step-6"]
-    zygote.run(1, again, tmp_path, fault=fault)
+    zygote.run(1, [*given, "--resume_from_checkpoint=run/checkpoints/step-6"], tmp_path, fault=fault)
     assert_same_bits(tmp_path / "before", tmp_path / "run", also_kept=False)
 
 
-def test_two_half_precisions_do_not_go_together(fails):
+def test_two_half_precisions_are_rejected(fails):
     """torch has no norms of a bfloat16 input and float16 weights; the first evaluation would end the run."""
-    message = fails("--eval_dtype=float16", "--mixed_precision=bf16", "--eval_steps=1")
-    assert message == "eval_dtype=float16: does not go with mixed_precision=bf16; use the same type, or none"
+    assert "eval_dtype=float16" in fails("--eval_dtype=float16", "--mixed_precision=bf16", "--eval_steps=1")

@@ -1,14 +1,17 @@
-"""Tests of rm/card.py: what the model card says is so, its code gives the evaluated rewards, and nothing breaks out."""
+"""Tests of the model card: what it says is so, its code gives the evaluated rewards, and nothing breaks out."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rm.data.audit import MEANING
 from rm.report.card import hub_name, model_card
 
 
@@ -17,13 +20,14 @@ def block(card: str) -> str:
     return code
 
 
-def reward_by(card: str, folder, old: str, new: str) -> float:
-    """The reward that the card's own code gives, for another text and from `folder`."""
+def rewards_by(card: str, folder, text: str, capsys) -> list[float]:
+    """The rewards that the code in the card prints, with the statement `text` and from `folder`."""
     code = re.sub(r"^folder = .*$", lambda _: f"folder = {str(folder)!r}", block(card), flags=re.M)
-    assert re.search(old, code, re.S)
-    scope: dict = {}
-    exec(re.sub(old, lambda _: new, code, flags=re.S), scope)
-    return scope["reward"]
+    example = r"messages = \[.*?\n\]" if text.startswith("messages") else r"text = [^\n]*"
+    assert re.search(example, code, re.S)
+    capsys.readouterr()
+    exec(re.sub(example, lambda _: text, code, count=1, flags=re.S), {})
+    return [float(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def rows(conversations: bool) -> list[dict]:
@@ -51,19 +55,33 @@ def test_the_code_in_the_card_gives_the_evaluated_reward(train, pretrained, tmp_
     for sample in samples[:3]:
         pair = next(p for p in pairs if sample["chosen"] in json.dumps(p["chosen"]))
         for side in ("chosen", "rejected"):
-            if conversations:
-                reward = reward_by(card, folder, r"messages = \[.*?\n\]", f"messages = {pair['prompt'] + pair[side]!r}")
-            else:
-                reward = reward_by(card, folder, r"text = [^\n]*", f"text = {pair['prompt'] + pair[side]!r}")
-            assert reward == pytest.approx(sample[f"reward_{side}"], abs=1e-4)
+            text = f"{'messages' if conversations else 'text'} = {pair['prompt'] + pair[side]!r}"
+            rewards = rewards_by(card, folder, text, capsys)  # by the model, and by the pipeline
+            assert len(rewards) == (1 if kind == "lora" else 2)
+            assert rewards == pytest.approx([sample[f"reward_{side}"]] * len(rewards), abs=1e-4)
 
     header = ModelCard(card).data.to_dict()
     assert header["library_name"] == ("peft" if kind == "lora" else "transformers")
     assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == summary["eval/accuracy"]
     assert "reward-model" in header["tags"] and "base_model" not in header and "license" not in header
     low, high = (f"{summary[f'eval/accuracy_{end}']:.4g}" for end in ("low", "high"))
-    assert f"**{summary['eval/accuracy']:.4g}** ({low} to {high})" in card and "none was given" in card
+    assert f"| {summary['eval/accuracy']:.4g} ({low} to {high}) |" in card and "none was given" in card
     assert str(tmp_path) not in card and pretrained not in card and f"`{pretrained.split('/')[-1]}`" in card
+
+
+def test_the_pipeline_returns_the_reward_of_a_head_with_two_outputs(train, tmp_path, capsys):
+    _, folder = train("out", "--max_steps=1")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.score = torch.nn.Linear(model.score.in_features, 2)
+    model.config.num_labels = 2
+    model.save_pretrained(tmp_path / "two")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
+    for text in ("hello.", "goodbye, and thanks."):
+        messages = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": text}]
+        by_model, by_pipeline = rewards_by(
+            (folder / "README.md").read_text(), tmp_path / "two", f"messages = {messages}", capsys
+        )
+        assert by_pipeline == pytest.approx(by_model, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +99,7 @@ def results() -> dict:
     summary |= {"eval/easy/accuracy": 0.875, "eval/easy/pairs": 4}
     return {
         "summary": summary,
+        "intervals": {"eval/loss": [0.5, 0.75]},
         "config": dataclasses.asdict(config) | {"train_batch_size": 64, "mixed_precision": "no"},
         "adapter": {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q"]},
         "layout": "concatenated (it was asked for)",
@@ -94,36 +113,36 @@ def results() -> dict:
 
 
 def test_what_the_card_says(results):
-    card = model_card(
-        results, name="x", base_model="org/base", datasets=["org/pairs"], license="mit", repo_id="me/my-rm"
-    )
+    config = results["config"] | {"license": "mit"}
+    card = model_card(results | {"config": config}, name="x", repo_id="me/my-rm")
     header = ModelCard(card).data
     assert (header.base_model, header.datasets, header.license) == ("org/base", ["org/pairs"], "mit")
     assert header.eval_results[0].metric_value == 0.5 and header.eval_results[0].dataset_type == "org/pairs"
     assert "folder = 'me/my-rm'" in block(card) and "num_labels=1, dtype='float32'" in block(card)
     for text in (
-        "| `train` | `org/pairs, split train` | text_implicit_prompt | 12 | 2 too long, 1 empty | 9 | `00000000",
-        "`test`: used though the training set has the same two answers: 3 pairs.",
-        "- steps: 5 of 64 pairs",
-        "LoRA and the head (r 16, alpha 32",
-        "| all | 10 | **0.5** (0.25 to 0.75) | 0.69 |",
+        "| `train` | `org/pairs, split train` | text_implicit_prompt | 12 | 9 | `0000000000000000` |",
+        f"- `train`: 2 pairs {MEANING['over_length']}",
+        f"- `test`: 3 pairs {MEANING['in_train']}",
+        "5 optimizer steps of 64 pairs",
+        '(peft_type `LORA`, r `16`, lora_alpha `32`, lora_dropout `0.05`, target_modules `["q"]`)',
+        "| `use_peft` | `true` | `false` |",
+        "| `all` | 10 | 0.5 (0.25 to 0.75) | 0.69 (0.5 to 0.75) |",
         "| `easy` | 4 | 0.875 | – |",
-        "with the EOS token at the end",
+        "and the EOS token at the end",
         "commit `c0ffeec0ffee",
-        "with changes that are not committed",
-        "\ntrain_rm.py --dataset_name=org/pairs\n",
+        "with uncommitted changes",
+        "torch 2.13.0",
+        "`train_rm.py --dataset_name=org/pairs`",
     ):
         assert text in card, text
     assert "secret change" not in card and "/home/ann" not in card
 
 
-def test_after_a_quantised_run_the_base_is_loaded_so(results, monkeypatch):
-    monkeypatch.setattr("rm.model.quantization.importlib.util.find_spec", lambda name: True)
+def test_after_a_quantised_run_the_base_is_loaded_so(results):
     config = results["config"] | {"load_in_4bit": True, "dtype": "bfloat16"}
     card = model_card(results | {"config": config}, name="x")
     assert "quantization_config=BitsAndBytesConfig(" in block(card) and "import BitsAndBytesConfig" in block(card)
     assert "bnb_4bit_quant_type='nf4'" in block(card) and "bnb_4bit_compute_dtype='bfloat16'" in block(card)
-    assert "over a base quantised to 4 bits" in card
     compile(block(card), "card", "exec")
 
 
@@ -133,21 +152,21 @@ def test_the_card_of_an_adapter_that_is_trained_further(train, pretrained, tmp_p
     lora = ["--lora_r=3", "--lora_alpha=7", "--use_dora", "--lora_target_modules=q_proj"]
     (tmp_path / "ia3.yaml").write_text("peft_type: IA3")
     for name, first, said in (
-        ("lora", lora, "LoRA and the head (r 3, alpha 7, dropout 0.05, DoRA, layers `q_proj`)"),
-        ("ia3", ["--peft_config=ia3.yaml"], "the adapter (IA3, layers `down_proj, k_proj, v_proj`) and the head"),
+        ("lora", lora, 'peft_type `LORA`, r `3`, lora_alpha `7`, lora_dropout `0.05`, use_dora `true`, '),
+        ("ia3", ["--peft_config=ia3.yaml"], 'peft_type `IA3`, target_modules `["down_proj", "k_proj", "v_proj"]`'),
     ):  # fmt: skip
         train(name, f"--model_name_or_path={pretrained}", *options, *first)
         _, folder = train(f"{name}-2", f"--model_name_or_path={tmp_path / name}", *options)
         card = (folder / "README.md").read_text()
-        assert f"- trained: {said}, going on from the adapter `{name}`\n" in card
-        assert f"- base model: a local folder called `{Path(pretrained).name}`" in card
-        assert "- learning rate: 0.0001 at most (head: 0.5), schedule" in card
+        assert said in card and f"Training continued from the adapter `{name}`." in card
+        assert f"- base model: `{Path(pretrained).name}`, a local directory" in card
+        assert "| `head_learning_rate` | `0.5` | `null` |" in card
         assert said in (tmp_path / name / "README.md").read_text()
 
 
 def test_a_metric_that_is_not_finite(results):
     card = model_card(results | {"summary": results["summary"] | {"eval/accuracy": "NaN"}}, name="x")
-    assert "**NaN**" in card and ModelCard(card).data.eval_results is None
+    assert "| `all` | 10 | NaN (" in card and ModelCard(card).data.eval_results is None
 
 
 EVIL = "x\n---\n\n# owned <script>alert(1) `|` ```\n```python\nimport os\n``` | a: [b"
@@ -173,14 +192,14 @@ def test_names_cannot_break_out(results):
     _, header, text = re.split(r"^---$", card, maxsplit=2, flags=re.M)
     assert set(yaml.safe_load(header)) == set(ModelCard(card).data.to_dict())
     compile(block(card), "card", "exec")
-    assert len(re.findall(r"^```", text, re.M)) == 4  # two blocks, opened and closed
+    assert len(re.findall(r"^```", text, re.M)) == 2  # a block, opened and closed
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     headings = [line for line in outside.splitlines() if line.startswith("#")]
-    assert headings[1:] == [f"## {t}" for t in ("Use", "Data", "Training", "Evaluation", "Where it comes from")]
+    assert headings[1:] == [f"## {t}" for t in ("Use", "Data", "Training", "Evaluation", "Provenance")]
     plain = re.sub(r"`[^`\n]*`", "", outside.replace(headings[0], ""))  # code is shown as it is
     assert "<script>" not in plain and "owned" not in plain and "\\<script\\>" in headings[0]
     table = [line for line in outside.splitlines() if line.startswith("| `")]
-    assert table and all(len(re.findall(r"(?<!\\)\|", line)) in (5, 8) for line in table)
+    assert table and all(len(re.findall(r"(?<!\\)\|", line)) in (4, 5, 7) for line in table)
 
 
 def test_no_path_and_no_secret_gets_into_the_card(results):

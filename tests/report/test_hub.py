@@ -1,4 +1,4 @@
-"""Tests of rm/hub.py: whole runs of the real program against a stand-in for the hub, which may also be in trouble."""
+"""Tests of uploads: whole runs of the program against a stand-in for the hub, which may also be in trouble."""
 
 import json
 import os
@@ -25,10 +25,7 @@ import time, types
 import huggingface_hub.utils._http as http
 http.time = types.SimpleNamespace(sleep=lambda seconds: None, time=time.time)
 """
-IMPATIENT = (
-    FAST
-    + "import rm.hub; rm.report.hub.CHECK_SECONDS = rm.report.hub.SILENCE = rm.report.hub.PATIENCE = rm.report.hub.STOP_SECONDS = 0.5\n"
-)
+IMPATIENT = FAST + "import rm.report.hub as hub; hub.SILENCE = hub.PATIENCE = 0.5"
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +132,7 @@ def test_checkpoints(stub, programs, tmp_path):
     for name in [name for name in files if "/" in name]:
         assert name.startswith("last-checkpoint/")
         (tmp_path / "got" / name.removeprefix("last-checkpoint/")).write_bytes(files[name])
-    assert damage(tmp_path / "got") is None
+    assert damage(tmp_path / "got", "state.json") is None
     newest = load_file(tmp_path / "out" / "checkpoints" / "step-4" / "model.safetensors")
     assert newest.keys() == load_file(tmp_path / "got" / "model.safetensors").keys()
     assert json.loads((tmp_path / "got" / "state.json").read_text())["step"] == 4
@@ -148,14 +145,13 @@ def test_checkpoints(stub, programs, tmp_path):
     "trouble, options, why",
     [
         ({}, ["--hub_token=wrong-token"], "401"),
-        ({"whoami": 500}, [], "500: of the stub"),
         ({"create": 403}, [], "403: of the stub"),
         ({"auth-check": 403}, [], "403: of the stub"),
-        ({"whoami": "hang"}, [], "no answer within 0.5 s"),
-        ({"whoami": "drop"}, [], "RemoteProtocolError"),
+        ({"create": "hang"}, [], "ReadTimeout"),
+        ({"create": "drop"}, [], "RemoteProtocolError"),
         ("refuse", [], "ConnectError"),
     ],
-    ids=["wrong token", "500", "no right to create", "no right to write", "hang", "drop", "refuse"],
+    ids=["wrong token", "no right to create", "no right to write", "hang", "drop", "refuse"],
 )
 def test_a_hub_that_refuses_is_an_error_before_training(stub, programs, tmp_path, trouble, options, why):
     fault = IMPATIENT if "hang" in str(trouble) else FAST
@@ -167,13 +163,13 @@ def test_a_hub_that_refuses_is_an_error_before_training(stub, programs, tmp_path
     assert run.wait() == 2
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("error: push_to_hub: http://127.0.0.1") and why in last and "Traceback" not in run.stderr
-    assert last.endswith("mend that, or train without push_to_hub and push later")
+    assert last.endswith("fix this, or train without push_to_hub and upload later")
     assert "wrong-token" not in run.stderr and TOKEN not in run.stderr
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_offline_is_an_error(fails):
-    assert fails("--push_to_hub").startswith("push_to_hub: HF_HUB_OFFLINE is set; unset it")
+    assert "HF_HUB_OFFLINE" in fails("--push_to_hub", "--hub_token=any")
 
 
 # ---------------------------------------------------------------------------------------------- trouble at the end
@@ -185,7 +181,7 @@ def test_offline_is_an_error(fails):
         ({"commit/main": 403}, "403: of the stub"),
         ({"preupload": 500}, "500: of the stub"),
         ({"PUT": "drop"}, "RemoteProtocolError|WriteError|ReadError"),
-        ({"PUT": "hang"}, "not done within|ReadTimeout"),
+        ({"PUT": "hang"}, "TimeoutError|ReadTimeout"),
     ],
     ids=["403", "500", "dies in the middle", "hang"],
 )
@@ -195,9 +191,9 @@ def test_a_failed_upload_loses_nothing(stub, programs, tmp_path, trouble, why):
     outcome = summary_of(run)["hub"]
     assert outcome["pushed"] is False and re.search(why, outcome["error"])
     assert json.loads((tmp_path / "out" / "results.json").read_text())["summary"] == summary_of(run)
-    assert "me/out has not got the run" in run.stderr and not stub.files
+    assert "the run in out is not uploaded" in run.stderr and not stub.files
     command = run.stderr.strip().splitlines()[-1]
-    assert command.startswith("hf upload me/out out . --include README.md --include")
+    assert command.startswith("hf upload me/out out . --revision main --include README.md --include")
 
 
 def test_an_upload_that_failed_can_be_done_later(stub, programs, tmp_path):
@@ -234,7 +230,7 @@ def test_checkpoints_that_cannot_be_uploaded_cost_a_warning(stub, programs, tmp_
     run = programs.run(1, [*RUN, *options], tmp_path, fault=IMPATIENT if trouble == "hang" else FAST)
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 5
     assert summary_of(run)["hub"]["pushed"] is False
-    assert trouble == "hang" or run.stderr.count("hub: upload of a checkpoint failed") == 1
+    assert trouble == "hang" or run.stderr.count("hub: upload of a checkpoint failed") == 4
 
 
 # ---------------------------------------------------------------------------------------------- resuming, secrets
@@ -262,14 +258,14 @@ def test_a_resumed_run_goes_on_with_its_repository_and_no_token_is_written(stub,
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--hub_model_id=me/rm"], "hub_model_id='me/rm': does nothing while push_to_hub is false"),
-        (["--hub_token=secret"], r"hub_token='\[redacted\]': does nothing while push_to_hub is false"),
-        (["--push_to_hub", "--hub_token={1: 2}"], r"hub_token='\[redacted\]' does not fit"),
-        (["--push_to_hub", "--hub_strategy=every_save"], "use checkpoint, all_checkpoints, or end"),
-        (["--push_to_hub", "--hub_strategy=checkpoint"], "no checkpoints while save_steps is 0"),
-        (["--push_to_hub", "--hub_model_id=a/b/c"], "hub_model_id='a/b/c': Repo id must be in the form"),
+        (["--hub_model_id=me/rm"], "hub_model_id='me/rm': has no effect without push_to_hub"),
+        (["--hub_token=secret"], r"hub_token='\[redacted\]': has no effect without push_to_hub"),
+        (["--push_to_hub", "--hub_token="], "hub_token='': is empty"),
+        (["--push_to_hub", "--hub_strategy=every_save"], "must be end, checkpoint or all_checkpoints"),
+        (["--push_to_hub", "--hub_strategy=checkpoint"], "has no effect without save_steps"),
+        (["--push_to_hub", "--hub_model_id=a/b/c"], "hub_model_id='a/b/c': must be user/name or name"),
         (["--push_to_hub", "--hub_revision="], "hub_revision='': is empty"),
-        (["--license=Apache 2"], "license='Apache 2': must be one of the hub's names"),
+        (["--license=Apache 2"], "license='Apache 2': must be a name used by the hub"),
     ],
 )
 def test_options_that_cannot_act(options, message):

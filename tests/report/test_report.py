@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,40 +13,34 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import ROOT
 
-import rm.report.__main__
-import rm.report.page
-import rm.report.plots
+from rm.config.errors import InputError
+from rm.data.audit import MEANING
 from rm.evaluate.compare import compare_tables
-from rm.report import figures as pictures
-from rm.report.page import distinct_names, report_html, write_report
-from rm.report.parts import excerpt
-from rm.report.plots import Line, accuracy_bins, binned_means, curves, distinct, histogram, style, svg, thin
-from rm.report.read_run import ReadError, read_run
+from rm.report import figures, write_report
+from rm.report.page import how_it_went, report_html
+from rm.report.read_run import Notes, read_run
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
+VOID = {"meta", "br", "wbr", "hr", "img", "input", "link"}
 HOSTILE = "</div></svg></details><script>alert(1)</script>&amp;\x00\x1b[31m\u202e\ud800 $\\frac{1}{0}$ \"'{{ 7*7 }}"
-CURVES = ["loss", "accuracy", "margin", "rewards", "learning-rate", "grad-norm", "speed"]
-EVALUATION = [
-    "reward-histogram",
-    "margin-histogram",
-    "reliability",
-    "by-margin",
-    "by-length",
-    "length",
-    "length-difference",
-]
+CURVES = {"loss", "accuracy", "margin", "rewards", "learning-rate", "grad-norm", "speed"}
+EVALUATION = {"reward-histogram", "margin-histogram", "reliability", "by-margin", "by-length", "length"}
 
 
 @pytest.fixture
 def drawn():
-    """Runs of `train` draw their report, which other tests' need not."""
+    """Figures are drawn, and runs of `train` have their report; other tests need neither."""
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are made, but not turned into SVG, which takes most of the time."""
-    monkeypatch.setattr(rm.plots, "svg", lambda figure, key, title: f'<svg role="img"><title>{title}</title></svg>')
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Figures are made, but not drawn, which takes most of the time."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(figures.Figure, "draw_without_rendering", lambda figure: None)
+        monkeypatch.setattr(
+            figures.FigureCanvasSVG, "print_svg", lambda canvas, file, metadata: file.write("<svg></svg>")
+        )
 
 
 class Page(HTMLParser):
@@ -53,8 +48,7 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.html, self.stack, self.ids, self.links, self.tags, self.rows = html, [], [], [], [], []
-        self.texts, self.notes = [], []
+        self.html, self.stack, self.ids, self.links, self.tags, self.rows, self.texts = html, [], [], [], [], [], []
         self.feed(html)
         self.close()
         assert self.stack == []
@@ -71,6 +65,8 @@ class Page(HTMLParser):
             self.links += [value] if name in ("href", "src", "xlink:href", "action") else []
         self.stack += [tag] if tag not in VOID else []
         self.rows += [[]] if tag == "tr" else []
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -85,7 +81,7 @@ class Page(HTMLParser):
             return
         self.texts.append(data)
         if self.stack and self.stack[-1] in ("td", "th") and self.rows:
-            self.rows[-1].append(data)
+            self.rows[-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     @property
     def text(self) -> str:
@@ -93,17 +89,17 @@ class Page(HTMLParser):
 
     def row(self, *start: str) -> list[str]:
         """The first table row that begins with these cells."""
-        rows = ([cell.replace("\N{NO-BREAK SPACE}", " ") for cell in row] for row in self.rows)
-        return next(row for row in rows if row[: len(start)] == list(start))
+        return next(row for row in self.rows if row[: len(start)] == list(start))
 
 
-def table(n: int = 60, seed: int = 0, **columns) -> pd.DataFrame:
-    """A per-pair table of `n` pairs, two of each prompt."""
+def table(n: int = 24, seed: int = 0, **columns) -> pd.DataFrame:
+    """An evaluation table of `n` pairs, two of each prompt."""
     rng = np.random.default_rng(seed)
     values = dict(id=[f"p{i}" for i in range(n)], set="test", row=np.arange(n), prompt=np.arange(n) // 2)
-    values |= dict(reward_chosen=rng.normal(0.7, 1, n), reward_rejected=rng.normal(0, 1, n), data_margin=np.zeros(n))
-    lengths = {f"length_{side}": rng.integers(5, 40, n) for side in ("chosen", "rejected")}
-    return pd.DataFrame(values | lengths | dict(prefix_length=3) | columns)
+    values |= dict(reward_chosen=rng.normal(0.7, 1, n), reward_rejected=rng.normal(0, 1, n))
+    values |= {f"length_{side}": rng.integers(5, 40, n) for side in ("chosen", "rejected")}
+    values |= dict(prefix_length=3, share=1.0, margin=0.0, weight=1.0, p_chosen=1.0)
+    return pd.DataFrame(values | columns)
 
 
 def make_run(folder: Path, pairs: pd.DataFrame | None = None, text: str = "hello", steps=(10, 20), **config) -> Path:
@@ -119,8 +115,8 @@ def make_run(folder: Path, pairs: pd.DataFrame | None = None, text: str = "hello
             (folder / "eval").mkdir(exist_ok=True)
             pairs.to_parquet(folder / "eval" / f"step-{step}.parquet")
             margin = pairs.reward_chosen - pairs.reward_rejected
-            metrics |= {"eval/loss": float(np.log1p(np.exp(-margin)).mean()), "eval/margin": float(margin.mean())}
-            metrics |= {"eval/accuracy": float((margin > 0).mean()), "eval/pairs": len(pairs)}
+            metrics |= {"eval/accuracy": float((margin > 0).mean()), "eval/margin": float(margin.mean())}
+            metrics |= {"eval/pairs": len(pairs), "eval/loss": float(np.log1p(np.exp(-margin)).mean())}
         lines.append({"step": step, "time": 1.0} | metrics)
         (folder / "samples").mkdir(exist_ok=True)
         record = dict(id="p0", step=step, prompt=text, chosen=text, rejected=text, reward_chosen=step / 10)
@@ -138,78 +134,97 @@ def make_run(folder: Path, pairs: pd.DataFrame | None = None, text: str = "hello
     return folder
 
 
-def figures(page: Page) -> list[str]:
-    return [name for name in page.ids if name in (*CURVES, *EVALUATION, "by-subset", "by-set", "set-curves")]
+def edit(path: Path, change) -> None:
+    """Apply `change` to what a JSON file holds."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+# ------------------------------------------------------------------------------ one run
 
 
 def test_report_of_a_real_run(train, drawn):
     _, folder = train("run", "--eval_steps=2")
     page = Page((folder / "report.html").read_text())
     summary = json.loads((folder / "results.json").read_text())["summary"]
-    expected = {*CURVES, *EVALUATION, "by-subset"}
-    assert expected <= set(figures(page)) and {"samples", "mistakes", "data", "config"} <= set(page.ids)
+    assert CURVES | EVALUATION | {"by-subset", "samples", "mistakes", "data", "config"} <= set(page.ids)
     value, interval = page.row("eval/accuracy")[1:3]
     assert value == f"{summary['eval/accuracy']:.4f}"
     assert interval == f"{summary['eval/accuracy_low']:.4f} to {summary['eval/accuracy_high']:.4f}"
     brief = page.row("brief")
     assert brief[1] == str(summary["eval/brief/pairs"])
     assert float(brief[2]) == pytest.approx(summary["eval/brief/accuracy"], abs=1e-4)
-    assert page.row("kept")[1:3] == ["80", "30"]
-    assert page.row("train_batch_size") == ["train_batch_size", "16", "none"]
+    assert page.row("kept")[1:3] == ["80", "30"] and page.row("train_batch_size")[1:] == ["16", "null"]
     first = json.loads((folder / "samples" / "step-4.jsonl").read_text().splitlines()[0])
-    shown = "".join(page.text.split())  # each word of an answer that has its rewards is an element of its own
+    shown = "".join(page.text.split())  # each token of an answer is an element of its own
     assert "".join(first["prompt"].split()) in shown and "".join(first["chosen"].split()) in shown
+    assert not [row for row in page.rows if row[0].startswith("eval/") and row[3:] == ["", ""]]  # all are explained
     assert (folder / "report.html").stat().st_size < 2_000_000
 
 
-def test_a_run_without_evaluations_but_the_last(train, drawn, undrawn):
-    _, folder = train("run", "--num_print_samples=0")
-    page = Page((folder / "report.html").read_text())
-    assert set(CURVES) <= set(page.ids) and "samples" not in page.ids and "No sample pairs" in page.text
-
-
-def test_several_sets(train, drawn, undrawn, tmp_path):
-    from runs import mixture
-
-    _, folder = train("run", *mixture(tmp_path), "--eval_steps=2")
-    page = Page((folder / "report.html").read_text())
-    assert {"by-set", "set-curves", "set-0-reward-histogram", "set-1-reliability"} <= set(page.ids)
-    assert page.row("plain")[1] == "12" and page.row("talk")[1] == "18"
-
-
-def test_what_is_drawn_is_what_was_logged(tmp_path):
-    pairs = table()
-    run = read_run(make_run(tmp_path / "run", pairs))
-    intervals = pictures.evaluation_intervals(run)
-    low, high = intervals["margin"]
-    assert intervals["loss"][0].index.tolist() == [10, 20]
-    other = read_run(make_run(tmp_path / "other", pairs, label_smoothing_factor=0.3))  # not the loss that was logged
-    assert "loss" not in pictures.evaluation_intervals(other)
+def test_what_is_shown_is_in_the_files(tmp_path):
+    pairs = table(true_margin=np.linspace(-1, 1, 24), subset=["a", "b"] * 12)
+    folder = make_run(tmp_path / "run", pairs)
+    names = ("reward_length_spearman", "margin_length_spearman", "spearman_true_margin")
+    more = {f"eval/{name}": value for name, value in zip(names, (0.25, -0.5, 0.75), strict=True)}
+    more |= {"eval/longer_answer_baseline_accuracy": 0.52, "eval/accuracy_ceiling": 0.855}
+    intervals = {"eval/reward_length_spearman": [0.1, 0.4], "eval/margin": [0.5, 0.625]}
+    edit(folder / "results.json", lambda results: results.update(intervals=intervals))
+    edit(folder / "results.json", lambda results: results["summary"].update(more))
+    page = Page(report_html([folder]))
     margin = (pairs.reward_chosen - pairs.reward_rejected).to_numpy()
-    assert low.index.tolist() == [10, 20] and low[20] < margin.mean() < high[20]
-    loss = run.curve("eval/loss")[20]
-    assert loss == pytest.approx(pictures._losses(pairs, {}).mean())
-    page = Page(report_html([tmp_path / "run"]))
-    p = float((margin > 0).mean())
-    assert page.row("eval/accuracy")[1] == f"{p:.4f}"
-    assert f"{(margin > 0).sum()} right, {(margin < 0).sum()} wrong" in page.text
+    p = f"{(margin > 0).mean():.3f}"
+    sentence = f"Held-out accuracy is {p} (95% interval 0.60 to 0.80, 24 pairs) after 20 steps; the longer answer wins "
+    assert sentence + "in 0.52; the best possible is 0.855." in page.text
+    assert page.row("eval/margin")[1:3] == [f"{margin.mean():.4f}", "0.5000 to 0.6250"]
+    assert f"24 pairs: {(margin > 0).sum()} right, {(margin < 0).sum()} wrong, 0 ties." in page.text
+    assert "rank correlation 0.25, 95% interval 0.10 to 0.40 (eval/reward_length_spearman)" in page.text
+    assert "rank correlation -0.50 (eval/margin_length_spearman)" in page.text and "true-margin" in page.ids
     assert page.row("10", "+1.000") == ["10", "+1.000", "+0.250", "+0.750"]
     assert page.row("learning_rate") == ["learning_rate", "0.001", "0.0001"]
-    assert page.row("identical")[1:] == ["34", "34", "dropped: chosen and rejected are the same tokens"]
+    assert page.row("identical")[1:] == ["34", "34", MEANING["identical"]]
+    assert page.row("a")[1] == page.row("b")[1] == "12" and page.row("git_commit")[1] == "abc"
 
 
-def test_mean_interval():
-    values = np.array([0.0, 1.0, 2.0, 3.0])
-    low, high = pictures.mean_interval(values)
-    assert (high - low) / 2 == pytest.approx(1.959964 * values.std(ddof=1) / 2)
-    # two prompts of two pairs: sums of residuals -2 and 2, so (8 * 2 / 1) ** 0.5 / 4 = 1
-    low, high = pictures.mean_interval(values, np.array([0, 0, 1, 1]))
-    assert (low, high) == pytest.approx((1.5 - 1.959964, 1.5 + 1.959964))
-    assert math.isnan(pictures.mean_interval(values[:1])[0])
+def test_several_sets(train, tmp_path):
+    from runs import mixture
+
+    _, folder = train("run", *mixture(tmp_path), "--eval_steps=2", "--num_print_samples=0")
+    page = Page(report_html([folder]))
+    assert {"by-set", "set-curves", "set-0-reward-histogram", "set-1-reliability"} <= set(page.ids)
+    assert page.row("plain")[1] == "12" and page.row("talk")[1] == "18"
+    assert "samples" not in page.ids and "No sample pairs" in page.text
 
 
-def test_hostile_texts(tmp_path):
-    pairs = table(subset=["<script>alert(2)</script> $\\frac{", "</svg>\x07\u202e"] * 30)
+def test_a_run_that_is_not_finished(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    run = read_run(tmp_path)
+    assert how_it_went(run) == "Held-out accuracy is not known yet after 0 steps of a run that is not finished."
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0, "train/loss": 0.7, "train/accuracy": 0.55}\n')
+    page = Page(report_html([tmp_path]))
+    assert "not finished; training accuracy is 0.550." in page.text and "numbers end at step 1." in page.text
+    assert {"loss", "accuracy"} == CURVES & set(page.ids)
+    folder = make_run(tmp_path / "run", table())
+    (folder / "results.json").unlink()
+    page = Page(report_html([folder]))
+    assert "pairs) after 20 steps of a run that is not finished." in page.text
+    assert CURVES | EVALUATION <= set(page.ids) and "No list" not in page.text
+
+
+def test_steps_that_are_past_and_best(tmp_path):
+    folder = make_run(tmp_path / "run", table(), steps=(10, 20, 30), load_best_model_at_end=True)
+    edit(folder / "results.json", lambda results: results["summary"].update({"train/best_step": 10}))
+    assert read_run(folder).table_step == 10
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"step": 30' not in line]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")  # resumed from a checkpoint
+    (folder / "results.json").unlink()
+    run = read_run(folder)
+    assert run.table_step == 20 and [record["step"] for record in run.samples["p0"]] == [10, 20]
+
+
+def test_hostile_texts(tmp_path, drawn):
+    pairs = table(subset=["<script>alert(2)</script> $\\frac{", "</svg>\x07\u202e"] * 12)
     folder = make_run(tmp_path / "run", pairs, text=HOSTILE, run_name=HOSTILE)
     page = Page(report_html([folder]))  # which asserts that there is no script element
     assert "<script>alert(1)</script>" in page.text and "{{ 7*7 }}" in page.text and "$\\frac{1}{0}$" in page.text
@@ -219,273 +234,243 @@ def test_hostile_texts(tmp_path):
     assert (folder / "report.html").read_text(encoding="utf-8") == page.html
 
 
-def test_a_megabyte_of_text(tmp_path, undrawn):
+def test_a_megabyte_of_text(tmp_path):
     page = Page(report_html([make_run(tmp_path / "run", text="word " * 200_000)]))
-    assert len(page.html) < 500_000 and "992,000 more characters" in page.text
-    assert excerpt("a\n" * 20).is_long and not excerpt("short").is_long
+    assert len(page.html) < 700_000 and "992,000 more characters" in page.text
 
 
-def test_strips(tmp_path, undrawn):
+def test_token_rewards(tmp_path):
     folder = make_run(tmp_path / "run")
-    path = folder / "samples" / "step-20.jsonl"
-    trace = {f"trace_{side}": [["", 0.5], ["<b>one", 1.5], [" two", "nan"]] for side in ("chosen", "rejected")}
-    path.write_text(json.dumps(json.loads(path.read_text()) | trace) + "\n")
-    page = Page(report_html([folder]))
-    assert page.html.count('class="strip"') == 2 and "<b>one" in page.text
-
-
-@pytest.mark.parametrize("left_out", ["results.json", "config.yaml", "eval", "samples", "mistakes.jsonl"])
-def test_missing_files(tmp_path, undrawn, left_out):
-    folder = make_run(tmp_path / "run", table(8))
-    for path in sorted((folder / left_out).glob("*")):
-        path.unlink()
-    (folder / left_out).rmdir() if (folder / left_out).is_dir() else (folder / left_out).unlink()
-    page = Page(report_html([folder]))
-    assert set(CURVES) <= set(page.ids)
-    word = {
-        "results.json": "not finished",
-        "eval": "No histograms",
-        "samples": "No sample",
-        "mistakes.jsonl": "No list",
+    rewards = {
+        f"token_rewards_{side}": [["", 0.5], ["<b>one", 1.5], [" two", "NaN"]] for side in ("chosen", "rejected")
     }
-    assert word.get(left_out, "") in page.text
+    edit(folder / "samples" / "step-20.jsonl", lambda record: record.update(rewards))
+    page = Page(report_html([folder]))
+    assert page.html.count('dir="auto"><span') == 2 and "<b>one" in page.text
 
 
-def test_damaged_files(tmp_path, undrawn):
-    folder = make_run(tmp_path / "run", table(8))
+# ------------------------------------------------------------------------------ damaged and missing files
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.yaml", "eval", "samples", "mistakes.jsonl"])
+def test_missing_files(tmp_path, name):
+    folder = make_run(tmp_path / "run", table())
+    for path in sorted((folder / name).glob("*")):
+        path.unlink()
+    (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink()
+    page = Page(report_html([folder]))
+    assert CURVES <= set(page.ids) and (name == "eval") != (EVALUATION <= set(page.ids))
+    notes = {"results.json": "not finished", "samples": "No sample", "mistakes.jsonl": "No list"}
+    assert notes.get(name, "") in page.text
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    folder = make_run(tmp_path / "run", table())
     for path in folder.rglob("*"):
         if path.is_file() and path.name != "metrics.jsonl":
             path.write_bytes(b'{"a": [\xff\x00')
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('[1]\n{"step": "x"}\nnull\n{"step": 30, "train/lo')
-    assert set(CURVES) <= set(Page(report_html([folder])).ids)
-
-
-def test_only_metrics(tmp_path):
-    (tmp_path / "metrics.jsonl").touch()
-    page = Page(report_html([tmp_path]))
-    assert figures(page) == [] and "Nothing is logged yet" in page.text
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0, "train/loss": 0.7}\n')
-    assert figures(Page(report_html([tmp_path]))) == ["loss"]
-
-
-def test_numbers_that_are_not_finite(tmp_path, undrawn):
-    folder = make_run(tmp_path / "run", table(1).assign(reward_chosen=math.nan))
-    text = (folder / "metrics.jsonl").read_text().replace('"train/loss": 0.6', '"train/loss": "NaN"')
-    (folder / "metrics.jsonl").write_text(text.replace('"eval/loss": NaN', '"eval/loss": "NaN"'))
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"step": "x"}\n\xff\nnull\n{"step": 30, "train/lo')
     page = Page(report_html([folder]))
-    assert "1 value that is not finite" in page.text and "its rewards are not finite" in page.text
-    assert "reward-histogram" not in page.ids and "loss" in page.ids
+    assert CURVES <= set(page.ids)
+    for name in ("results.json", "config.yaml", "data_report.json", "eval/step-20.parquet"):
+        assert re.search(f"Left out: [^.]*{name}", page.text), name
+    assert "4 unusable lines of metrics.jsonl" in page.text
+
+
+@pytest.mark.parametrize(
+    "file, change, left_out, note",
+    [
+        ("results", lambda r: r.update(intervals={"eval/loss": [0.5], "eval/margin": [1, 2]}), "", "of eval/loss"),
+        ("results", lambda r: r["summary"].update({"eval/loss": [1], "eval/accuracy": "much"}), "", "not finite"),
+        ("results", lambda r: r.update(packages=3, git_diff=["a"]), "", "Left out: provenance"),
+        ("results", lambda r: r["data"].update(test=7), "data", "Left out: data audit"),
+        ("sample", lambda r: r.update(token_rewards_chosen=[["a"]]), "", "Left out: token rewards"),
+        ("sample", lambda r: r.update(prompt=[1], reward_chosen={}, id=None), "", ""),
+        ("table", dict(reward_chosen=1e308, reward_rejected=-1e308), EVALUATION, "its rewards are not finite"),
+        ("table", dict(reward_chosen=1e16, reward_rejected=1e16), "reward-histogram", "Left out: the figure"),
+        ("table", dict(reward_chosen=1e308), "margin-histogram", "Left out: the figure"),
+        ("table", dict(reward_chosen="text"), EVALUATION, "no numbers in column reward_chosen"),
+        ("table", dict(true_margin="text"), EVALUATION, "no numbers in column true_margin"),
+        ("table", dict(reward_chosen=[math.nan] + [1.0] * 23), "", "1 of 24 rewards that are not finite"),
+    ],
+)
+def test_edited_files(tmp_path, file, change, left_out, note):
+    """What cannot be used is left out with a note, and the rest is there."""
+    folder = make_run(tmp_path / "run", table())
+    if file == "table":
+        table(**change).to_parquet(folder / "eval" / "step-20.parquet")
+    else:
+        edit(folder / {"results": "results.json", "sample": "samples/step-20.jsonl"}[file], change)
+    page = Page(report_html([folder]))
+    left_out = {left_out} if isinstance(left_out, str) else left_out
+    assert note in page.text and CURVES | {"samples", "mistakes", "config"} <= set(page.ids)
+    assert (EVALUATION | {"data"}) - set(page.ids) == left_out - {""}
+
+
+def test_huge_and_nested_numbers(tmp_path, drawn):
+    folder = make_run(tmp_path / "run", table())
+    text = (folder / "metrics.jsonl").read_text().replace('"train/loss": 0.6', '"train/loss": -1e308')
+    text = text.replace('"train/loss": 0.7', '"train/loss": 1e308').replace(
+        '"train/margin": 0.6', '"train/margin": "NaN"'
+    )
+    (folder / "metrics.jsonl").write_text(text)
+    (folder / "results.json").write_text("[" * 100_000)
+    page = Page(report_html([folder]))
+    assert "results.json (RecursionError" in page.text and "Left out: 1 that are not finite." in page.text
+    assert CURVES - {"loss"} <= set(page.ids)
 
 
 @pytest.mark.parametrize("rewards", [(0.0, 0.0), (1.0, -1.0)])
-def test_one_pair(tmp_path, undrawn, rewards):
+def test_one_pair(tmp_path, drawn, rewards):
     pairs = table(1).assign(reward_chosen=rewards[0], reward_rejected=rewards[1])
-    page = Page(report_html([make_run(tmp_path / "run", pairs)]))
-    assert {"reward-histogram", "margin-histogram", "length"} <= set(page.ids) and "1 pair:" in page.text
+    assert EVALUATION <= set(Page(report_html([make_run(tmp_path / "run", pairs)])).ids)
 
 
-def test_files_past_the_last_step_are_of_the_past(tmp_path):
-    folder = make_run(tmp_path / "run", table(4), steps=(10, 20, 30))
-    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"step": 30' not in line]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "results.json").unlink()
-    run = read_run(folder)
-    assert run.table_steps() == [10, 20] and [record["step"] for record in run.samples["p0"]] == [10, 20]
-
-
-def test_the_best_evaluations_table(tmp_path, undrawn):
-    folder = make_run(tmp_path / "run", table(4), load_best_model_at_end=True)
-    results = json.loads((folder / "results.json").read_text())
-    results["summary"]["train/best_step"] = 10
-    (folder / "results.json").write_text(json.dumps(results))
-    assert read_run(folder).table_step == 10
-    assert "Held-out evaluation, after step 10" in Page(report_html([folder])).text
-
-
-def test_comparison(tmp_path, undrawn):
-    one = table(10).assign(reward_chosen=[1.0] * 8 + [-1.0] * 2, reward_rejected=0.0)
-    other = one.assign(reward_chosen=[1.0] * 6 + [-1.0] * 4)
-    folders = [make_run(tmp_path / "one", one), make_run(tmp_path / "other", other, learning_rate=2e-3)]
-    page = Page(report_html(folders))
-    assert {"cmp-eval-loss", "cmp-eval-accuracy", "cmp-train-loss", "cmp-reliability"} <= set(page.ids)
-    assert page.row("learning_rate")[1:] == ["0.001", "0.002"]
-    assert page.row("eval/accuracy")[1].startswith("0.8000 (") and page.row("eval/accuracy")[2].startswith("0.6000 (")
-    values, intervals = compare_tables(one, other)
-    low, high = intervals["compare/accuracy_difference"]
-    assert page.row("one − other", "accuracy")[2:] == ["+0.200", f"{low:+.3f} to {high:+.3f}", "10"]
-    assert page.row("one − other", "loss")[2] == f"{values['compare/loss_difference']:+.3f}"
-
-
-def test_comparison_of_runs_on_other_data(tmp_path, undrawn):
-    folders = [make_run(tmp_path / name, table(10)) for name in ("a/run", "b/run")]
-    results = json.loads((folders[1] / "results.json").read_text())
-    results["data"]["test"]["fingerprint"] = "0" * 64
-    (folders[1] / "results.json").write_text(json.dumps(results))
-    page = Page(report_html(folders))
-    assert "evaluated on different pairs" in page.text and "a/run − b/run" not in page.text
-    assert page.row("evaluation pairs, sha256")[1:] == ["f" * 16, "0" * 16]
-    assert distinct_names(folders) == ["a/run", "b/run"] and distinct_names(folders[:1]) == ["run"]
-
-
-def command(*arguments, monkeypatch, capsys) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["rm.report", *map(str, arguments)])
-    code = 0
-    try:
-        runpy.run_module("rm.report", run_name="__main__")
-    except SystemExit as end:
-        code = end.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
-def test_command(tmp_path, undrawn, monkeypatch, capsys):
-    run = dict(monkeypatch=monkeypatch, capsys=capsys)
-    folder, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
-    assert command(folder, **run)[:2] == (0, f"{folder / 'report.html'}\n")
-    Page((folder / "report.html").read_text())
-    assert command(folder, other, "--output", tmp_path / "cmp.html", **run)[0] == 0
-    assert "Reward models: run, other" in Page((tmp_path / "cmp.html").read_text()).text
-    (tmp_path / "empty").mkdir()
-    for arguments, word in (
-        ([tmp_path / "nowhere"], "is no folder"),
-        ([tmp_path / "empty"], "holds no run"),
-        ([folder, other], "give --output"),
-        ([folder, "--output", tmp_path], "no place for a file"),
-    ):
-        code, _, err = command(*arguments, **run)
-        assert code == 2 and word in err and err.startswith("error: ") and err.count("\n") == 1
-    with pytest.raises(ReadError):
-        read_run(tmp_path / "empty")
-
-
-def test_a_drawing_that_fails_loses_no_run(train, drawn, monkeypatch, caplog):
+def test_a_report_that_fails_loses_no_run(train, drawn, monkeypatch, caplog):
     def fail(folders):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(rm.report, "report_html", fail)
+    monkeypatch.setattr("rm.report.page.report_html", fail)
     summary, folder = train("run")
-    assert (folder / "results.json").exists() and not (folder / "report.html").exists()
-    assert "report.html is not written (RuntimeError: no ink); to try again: python -m rm.report" in caplog.text
-    assert summary["train/steps"] == 4
+    assert summary["train/steps"] == 4 and not (folder / "report.html").exists()
+    assert "report.html is not written; to try again: python -m rm.report" in caplog.text
+    assert "RuntimeError: no ink" in caplog.text  # with its traceback
 
 
-def test_a_new_run_in_the_folder_takes_the_old_report_away(tmp_path):
-    from rm.train.run_dir import claim_output_dir
-
-    (tmp_path / "report.html").touch()
-    claim_output_dir(tmp_path, "", {}, None)
-    assert not (tmp_path / "report.html").exists()
+# ------------------------------------------------------------------------------ several runs
 
 
-def test_matplotlib_is_imported_where_it_draws(zygote, tmp_path):
-    run = zygote.start(["--help"], tmp_path, fault="import sys; assert 'matplotlib' not in sys.modules")
-    assert run.wait() == 0, run.stderr
+def test_leaderboard(tmp_path):
+    one = table().assign(reward_chosen=[1.0] * 18 + [-1.0] * 6, reward_rejected=0.0)
+    other = one.assign(reward_chosen=[1.0] * 12 + [-1.0] * 12)
+    folders = [make_run(tmp_path / "other", other, learning_rate=2e-3), make_run(tmp_path / "one", one)]
+    page = Page(report_html(folders))
+    headers, first, second = page.rows[:3]
+    assert [first[0], second[0]] == ["one", "other"]
+    assert first[headers.index("eval/accuracy")] == "0.7500 (0.6000 to 0.8000)"
+    assert [row[headers.index("learning_rate")] for row in (first, second)] == ["0.001", "0.002"]
+    assert not {"dataset_name", "commit", "test pairs", "finished"} & set(headers)
+    assert "one has the highest eval/accuracy, 0.7500, of 2 runs." in page.text
+    values, intervals = compare_tables(one, other)
+    low, high = intervals["compare/accuracy_difference"]
+    row = next(row for row in page.rows if row[0] == "other" and row[-1] == "24")
+    assert row[1] == f"{values['compare/accuracy_difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+    assert {"cmp-eval-loss", "cmp-eval-accuracy", "cmp-train-loss", "cmp-reliability"} <= set(page.ids)
+
+
+def test_the_direction_of_sorting_is_that_of_the_metric(tmp_path):
+    folders = []
+    for i, loss in enumerate((0.5, 0.25, "NaN", 0.75)):
+        folders.append(make_run(tmp_path / f"run-{i}"))
+        edit(folders[-1] / "results.json", lambda results, loss=loss: results["summary"].update({"eval/loss": loss}))
+    page = Page(report_html(folders, by="eval/loss"))
+    assert [row[0] for row in page.rows[1:5]] == ["run-1", "run-0", "run-3", "run-2"]
+    assert "run-1 has the lowest eval/loss, 0.2500, of 4 runs." in page.text
+    with pytest.raises(InputError, match="--by eval/lost: no run has this metric; the nearest: eval/loss"):
+        report_html(folders, by="eval/lost")
+
+
+def test_runs_on_other_data(tmp_path):
+    folders = [make_run(tmp_path / name, table()) for name in ("a/run", "b/run")]
+    edit(folders[1] / "results.json", lambda results: results["data"]["test"].update(fingerprint="0" * 64))
+    (folders[0] / "results.json").unlink()
+    (folders[1] / "eval" / "step-20.parquet").write_bytes(b"PAR1")
+    page = Page(report_html(folders))
+    assert "evaluated on different pairs" in page.text and "on the same pairs" not in page.text
+    assert "b/run: Left out: histograms" in page.text
+    headers, *rows = page.rows[:3]
+    assert [row[headers.index("test pairs")] for row in rows] == ["f" * 12, "0" * 12]
+    assert [(row[0], row[headers.index("finished")]) for row in rows] == [("a/run", "no, at step 20"), ("b/run", "yes")]
+
+
+def test_a_hundred_runs(tmp_path):
+    folders = [make_run(tmp_path / f"run-{i}", learning_rate=i / 1e4) for i in range(100)]
+    page = Page(report_html(folders))
+    assert len({row[0] for row in page.rows} & {f"run-{i}" for i in range(100)}) == 100
+    assert page.html.count("run-") < 350 and len(page.html) < 1_000_000  # the first ones only are drawn
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+def test_command(tmp_path, monkeypatch, capsys):
+    def command(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rm.report", *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_module("rm.report", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    folder, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
+    assert command(folder)[:2] == (0, f"{folder / 'report.html'}\n")
+    Page((folder / "report.html").read_text())
+    assert command(folder, other, "--output", tmp_path / "cmp.html", "--by=eval/loss")[0] == 0
+    assert "2 reward models" in Page((tmp_path / "cmp.html").read_text()).text
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ([tmp_path / "nowhere"], "is not a directory"),
+        ([tmp_path / "empty"], "contains no run"),
+        ([folder, other], "give --output"),
+        ([folder, "--output", tmp_path], "is a directory"),
+    ):
+        code, _, err = command(*arguments)
+        assert code == 2 and words in err and err.startswith("error: ") and err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------ drawings
 
 
-def draw(figure, key="k") -> str:
-    return svg(figure, key, "A title & more")
+def line(y: pd.Series, **options) -> figures.Line:
+    return figures.Line(**dict(label="a", y=y, look=0, dashes=0) | options)
 
 
-def test_svg_fits_a_page():
-    with style():
-        drawings = [draw(curves([Line("a", pd.Series([1.0, 2.0], [1, 2]))], "y"), key) for key in ("one", "two")]
-    assert 'role="img"' in drawings[0] and "A title &amp; more</title>" in drawings[0]
-    ids = [set(re.findall(r'id="([^"]*)"', drawing)) for drawing in drawings]
-    assert not ids[0] & ids[1] and not re.search(r"#0[0a]0", drawings[0]) and "var(--c1)" in drawings[0]
-    assert "optimizer step</text>" in drawings[0] and "metadata" not in drawings[0] and "font-family" not in drawings[0]
-    with style():
-        assert draw(curves([Line("a", pd.Series([1.0, 2.0], [1, 2]))], "y"), "one") == drawings[0]
+def drawing(key: str, make, *arguments) -> str:
+    (found,) = figures.draw([(key, "A title", make, *arguments)], Notes())
+    return found["svg"]
 
 
-def test_series_are_told_apart_without_colour():
+def test_drawings_fit_one_page_and_its_two_colour_schemes(tmp_path, drawn):
     y = pd.Series([1.0, 2.0, 3.0], [1, 2, 3])
-    with style():
-        drawing = draw(curves([Line(f"run {i}", y + i, look=i, has_markers=True) for i in range(3)], "y"))
-        bars = draw(histogram([("chosen", np.arange(9.0)), ("rejected", np.arange(9.0))], "reward", "answers"))
-    dashes = {
-        re.search(r"stroke-dasharray: ([\d., ]+)", line)[1]
-        for line in re.findall(r"<path[^>]*dasharray[^>]*>", drawing)
-    }
-    assert len(dashes) >= 2 and len(set(re.findall(r'href="#k-(m\w+)"', drawing))) >= 3
-    assert bars.count("<pattern") == 2
-
-
-def test_thin_and_bins():
-    y = pd.Series(np.arange(10_000.0), np.arange(10_000))
-    less = thin(y, 100)
-    assert len(less) == 100 and less.iloc[0] == 49.5 and less.index[0] == 99
-    assert thin(pd.Series([math.inf, 1.0], [1, 2])).isna().tolist() == [True, False]
-    means = binned_means(np.arange(40.0), np.arange(40.0))
-    assert len(means) == 3 and means["mean"].iloc[0] == pytest.approx(means["x"].iloc[0])
-    assert len(binned_means(np.zeros(5), np.arange(5.0))) == 1
-
-
-def test_steps_are_whole_numbers():
-    with style():
-        for steps in ([4], [4, 5], [1, 2, 3]):
-            figure = curves([Line("a", pd.Series(1.0, steps))], "y")
-            figure.canvas.draw()
-            assert all(tick == int(tick) for tick in figure.axes[0].get_xticks()), steps
-
-
-def test_labels_differ():
-    names = ["rb/llmbar-adver-neighbor", "rb/llmbar-adver-natural", "a" * 40 + "1", "a" * 20 + "b" + "a" * 19 + "1"]
-    labels = distinct(names, 28)
-    assert labels[:2] == names[:2] and len(set(labels)) == 4 and max(map(len, labels)) <= 28
-    bins = pd.DataFrame(dict(bin=names, pairs=1, accuracy=0.5, accuracy_low=0.4, accuracy_high=0.6))
-    with style():
-        ticks = accuracy_bins(bins, "subset").axes[0].get_yticklabels()
-    assert [tick.get_text() for tick in ticks] == labels
-
-
-def test_captions_quote_the_metrics(tmp_path, undrawn):
-    pairs = table(20, true_margin=np.linspace(-1, 1, 20))
-    pairs.loc[0, "reward_chosen"] = math.nan
-    folder = make_run(tmp_path / "run", pairs)
-    results = json.loads((folder / "results.json").read_text())
-    names = ["eval/reward_length_spearman", "eval/margin_length_spearman", "eval/spearman_true_margin"]
-    results["summary"] |= dict(zip(names, (0.25, -0.5, 0.75), strict=True))
-    results["intervals"] = {names[0]: [0.1, 0.4], names[2]: [0.6, 0.9]}
-    (folder / "results.json").write_text(json.dumps(results))
-    page = Page(report_html([folder]))
-    assert f"rank correlation 0.25, 95% interval 0.10 to 0.40 ({names[0]})" in page.text
-    assert f"rank correlation -0.50 ({names[1]})" in page.text
-    assert f"rank correlation 0.75, 95% interval 0.60 to 0.90 ({names[2]})" in page.text
-    assert "Left out: 1 of 20 pairs, whose rewards are not finite." in page.text
-
-
-def test_length_is_the_answers(monkeypatch, undrawn):
-    seen, real = {}, rm.report.plots.scatter
-    monkeypatch.setattr(rm.plots, "scatter", lambda *given: seen.update({given[1]: given[0]}) or real(*given))
-    pairs = table(20)
-    with style():
-        list(pictures.evaluation_pictures(pairs))
-    groups = seen["length of the answer (tokens)"]
-    assert [x.tolist() for _, x, _ in groups] == [(pairs[f"length_{s}"] - 3).tolist() for s in ("chosen", "rejected")]
-
-
-def test_sets_that_are_left_out(tmp_path, undrawn):
-    folder = make_run(tmp_path / "run", table(16, set=[f"s{i // 2}" for i in range(16)]))
-    results = json.loads((folder / "results.json").read_text())
-    results["data"]["test"]["sets"] = {f"s{i}": {} for i in range(8)}
-    (folder / "results.json").write_text(json.dumps(results))
-    page = Page(report_html([folder]))
-    assert "The first 6 of 8 sets; 2 have no pictures of their own." in page.text and "Set s6 alone" not in page.text
-
-
-def test_comparison_says_what_it_shows(tmp_path, monkeypatch, undrawn):
-    seen, real = {}, rm.report.plots.curves
-    monkeypatch.setattr(
-        rm.plots, "curves", lambda lines, ylabel, **given: seen.update({ylabel: given}) or real(lines, ylabel, **given)
+    lines = [line(y + i, look=i, dashes=i, is_evaluation=True) for i in range(figures.NUM_LOOKS)]
+    one, other = (drawing(key, figures.curves, lines, "y", "", {}) for key in ("one", "other"))
+    assert one == drawing("one", figures.curves, lines, "y", "", {})  # the same bytes again
+    ids = [set(re.findall(r'id="([^"]*)"', svg)) for svg in (one, other)]
+    assert not ids[0] & ids[1] and "optimizer step</text>" in one and one.startswith("<svg") and "metadata" not in one
+    run, pairs = read_run(make_run(tmp_path / "run")), table(2000, subset="a", true_margin=1.0, margin=1.0)
+    drawn = [drawing(key, *plan) for key, _, *plan in figures.evaluation(run, pairs)]
+    colours = set(re.findall(r"(?:fill|stroke): (#\w+)", "".join([one, *drawn])))
+    assert colours == set(figures.PALETTE.values())  # each has a CSS variable
+    style = re.findall(
+        r"--(\w+): #", (ROOT / "rm/report/report.html.jinja").read_text().split("prefers-color-scheme")[1]
     )
-    page = Page(report_html([make_run(tmp_path / name, table(10)) for name in ("a", "b")]))
-    assert page.row("eval/margin")[3:] == ["reward", "mean reward of chosen minus reward of rejected"]
-    assert "2 runs of reward models side by side" in page.text
-    assert seen["loss (nats)"]["references"] == [(pytest.approx(math.log(2)), "guessing")]
-    assert seen["accuracy (fraction of pairs)"]["references"] == [(0.5, "guessing")]
-    assert not seen["margin (reward)"]["references"]
+    assert set(figures.PALETTE) <= set(style)
+
+
+def test_series_are_told_apart_without_colour(drawn):
+    y = pd.Series([1.0, 2.0, 3.0], [1, 2, 3])
+    svg = drawing(
+        "k", figures.curves, [line(y + i, look=i, dashes=i, is_evaluation=True) for i in range(3)], "y", "", {}
+    )
+    dashes = re.findall(r"stroke-dasharray: ([\d., ]+)", svg)
+    assert len(set(dashes)) >= 2 and len(set(re.findall(r'href="#(m\w+)"', svg))) >= 3
+
+
+def test_long_curves_and_labels():
+    y = pd.Series(np.arange(10_000.0), np.arange(10_000))
+    less = figures.thin(y)
+    assert len(less) == 1000 and less.iloc[0] == 4.5 and less.index[0] == 9
+    assert figures.thin(pd.Series([math.inf, 1.0], [1, 2])).isna().tolist() == [True, False]
+    assert figures.short("a" * 20 + "b" * 20, 11) == "aaaaa…bbbbb" and figures.short("abc", 3) == "abc"
+
+
+@pytest.mark.parametrize("steps", [[4], [4, 5], [1, 2, 3]])
+def test_steps_are_whole_numbers(steps):
+    figure, _, _ = figures.curves([line(pd.Series(1.0, steps))], "y", "", {})
+    figure.canvas.draw()
+    assert all(tick == int(tick) for tick in figure.axes[0].get_xticks())
+
+
+def test_a_run_imports_matplotlib_only_to_draw():
+    code = "import sys, rm.report; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

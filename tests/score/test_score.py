@@ -5,31 +5,24 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
-import torch
-from conftest import PAD, ROOT, tiny_classifier
+from conftest import ROOT
 from runs import SMALL, assert_same_bits, reset_accelerate
 from transformers import AutoConfig
 
 import train_rm
-from rm.collate import Tree
 from rm.config.errors import InputError
-from rm.data.items import ItemError, encode_items
-from rm.data.load import load_raw
-from rm.data.rows import tokenize_pairs
 from rm.evaluate import __main__ as evaluate
-from rm.model.attention import SDPA_BY_TREE
-from rm.model.load import load_tokenizer
-from rm.model.normalization import reward_scale, sample_of
-from rm.model.reward_model import RewardModel
+from rm.model.saved import reward_scale, sample_of
 from rm.score import __main__ as score
-from rm.score import inputs as stream
-from rm.score import load_scorer, score_trees
+from rm.score import load_scorer
+from rm.score.answers import open_output
+from rm.score.scorer import ACCEPTED, Scorer
 
 ASK = [{"role": "user", "content": "be brief. tell me how to make tea."}]
 TEXT = "<|user|>be brief. tell me how to make tea.<|end|><|assistant|>"
@@ -38,28 +31,6 @@ ANSWERS = ["gladly, boil water.", "no.", "what a silly question. boil water."]
 
 def say(text: str) -> list[dict]:
     return [{"role": "assistant", "content": text}]
-
-
-@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
-@pytest.mark.parametrize("kernel", ["sdpa", SDPA_BY_TREE])
-@pytest.mark.parametrize("budget", [1, 64, 4096])
-def test_answers_get_the_rewards_of_each_alone(layout, kernel, budget):
-    classifier = tiny_classifier("llama")
-    rng = np.random.default_rng(0)
-    shapes = [(5, [4]), (0, [2, 7, 3]), (8, [1, 1]), (3, [6, 2, 2, 9, 5])]
-    trees = [Tree(rng.integers(3, 64, p), [rng.integers(3, 64, n) for n in ns]) for p, ns in shapes]
-    with torch.no_grad():
-        alone = [
-            [classifier(input_ids=torch.tensor(s)[None]).logits[0, 0].item() for s in tree.sequences()]
-            for tree in trees
-        ]
-    model = RewardModel(classifier).train()
-    model.bare.set_attn_implementation(kernel)
-    options = dict(layout=layout, micro_batch_tokens=budget, pad_token_id=PAD, device=torch.device("cpu"))
-    rewards = score_trees(model, trees, **options)
-    assert model.training
-    for got, expected in zip(rewards, alone, strict=True):
-        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- the evaluation's rewards
@@ -112,128 +83,58 @@ PAIRS = {
 }
 
 
-def evaluated(folder: str, rows: list[dict], tmp_path, monkeypatch) -> np.ndarray:
-    """The table of rewards that `rm.evaluate` computes for pairs."""
+def evaluated(folder: str, rows: list[dict], tmp_path) -> np.ndarray:
+    """The rewards (chosen, rejected) in the table of `rm.evaluate`."""
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tables, compute = [], evaluate.evaluate_rewards
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "evaluate_rewards", lambda *a, **k: tables.append(compute(*a, **k)) or tables[-1])
-        reset_accelerate()
-        evaluate.main([f"--model={folder}", f"--dataset_name={tmp_path / 'pairs.jsonl'}"])
-    return tables[-1]
+    reset_accelerate()
+    evaluate.main([f"--model={folder}", f"--dataset_name={tmp_path / 'pairs.jsonl'}", f"--output={tmp_path / 'kept'}"])
+    return pd.read_parquet(tmp_path / "kept" / "table.parquet")[["reward_chosen", "reward_rejected"]].to_numpy()
 
 
 @pytest.mark.parametrize("kind", ["full", "concatenated", "bf16", "autocast", "cast", "lora", "merged", "bert"])
-def test_rewards_are_those_of_the_evaluation(folders, kind, tmp_path, monkeypatch):
+def test_rewards_are_those_of_the_evaluation(folders, kind, tmp_path):
     folder = folders(kind)
     scorer = load_scorer(folder)
-    assert scorer.layout == ("concatenated" if kind in ("concatenated", "bert") else "shared_prefix")
+    assert scorer.layout.name == ("concatenated" if kind in ("concatenated", "bert") else "shared_prefix")
     half = kind in ("bf16", "autocast", "cast")
     for name, rows in PAIRS.items():
-        expected = evaluated(folder, rows, tmp_path, monkeypatch)
+        expected = evaluated(folder, rows, tmp_path)
         np.testing.assert_allclose(scorer.rewards(rows), expected, atol=2e-2 if half else 1e-5, err_msg=name)
     for row in PAIRS["conversation_explicit_prompt"] if half else ():  # alone in a row also the rounding is the same
-        np.testing.assert_array_equal(scorer.rewards([row]), evaluated(folder, [row], tmp_path, monkeypatch))
+        np.testing.assert_array_equal(scorer.rewards([row]), evaluated(folder, [row], tmp_path))
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
 def test_every_form_of_an_answer_gets_the_same_reward(folders, layout):
     scorer = load_scorer(folders("full"), layout=layout, micro_batch_tokens=40, text_as_conversation=False)
-    assert scorer.layout == layout
+    assert scorer.layout.name == layout
     whole = [scorer.rewards([{"messages": ASK + say(answer)}])[0].item() for answer in ANSWERS]
-    assert len(set(whole)) == 3
-    items = [
+    inputs = [
         {"prompt": ASK, "responses": ANSWERS},  # in several trees: 40 tokens do not hold all
-        {"prompt": ASK, "responses": [say(ANSWERS[0]), say(ANSWERS[1])[0], ANSWERS[2]]},
-        {"prompt": ASK[0]["content"], "responses": [ASK + say(answer) for answer in ANSWERS]},
         *({"prompt": ASK, "response": answer} for answer in ANSWERS),
         {"prompt": ASK, "chosen": ANSWERS[0], "rejected": say(ANSWERS[2])},
         {"prompt": TEXT, "responses": ANSWERS},
         *({"text": TEXT + answer} for answer in ANSWERS),
     ]
-    rewards = scorer.rewards(items)
-    assert all(r.dtype == np.float64 for r in rewards)
-    for got, expected in zip(rewards, [whole] * 3 + [[r] for r in whole] + [[whole[0], whole[2]]], strict=False):
+    rewards = scorer.rewards(inputs)
+    assert len(set(whole)) == 3 and all(r.dtype == np.float64 for r in rewards)
+    for got, expected in zip(rewards, [whole, *([r] for r in whole), [whole[0], whole[2]]], strict=False):
         np.testing.assert_allclose(got, expected, atol=1e-5)
-    np.testing.assert_allclose(rewards[7], np.concatenate(rewards[8:]), atol=1e-5)  # text ends in EOS, not <|end|>
+    np.testing.assert_allclose(rewards[5], np.concatenate(rewards[6:]), atol=1e-5)  # text ends in EOS, not <|end|>
     as_trained = load_scorer(folders("full"), layout=layout)  # on conversations
     question = [{"prompt": ASK[-1]["content"], "responses": ANSWERS}, {"prompt": ASK[-1:], "responses": ANSWERS}]
     np.testing.assert_allclose(*as_trained.rewards(question), atol=1e-5)
-    np.testing.assert_allclose(as_trained.rewards([{"text": TEXT + ANSWERS[0]}])[0], rewards[8], atol=1e-5)
-    ids = load_tokenizer(folders("full"))(TEXT + ANSWERS[0])["input_ids"] + [2]
-    np.testing.assert_allclose(scorer.rewards([{"input_ids": ids}])[0], rewards[7][0], atol=1e-5)
-
-
-def test_tokens_are_those_of_training_also_where_they_are_cut(tmp_path):
-    tokenizer = load_tokenizer(str(ROOT / "configs" / "tiny_llama"))
-    for rows in (PAIRS["text_explicit_prompt"], PAIRS["conversation_explicit_prompt"], PAIRS["tokenized"]):
-        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        source = load_raw(str(tmp_path / "pairs.jsonl"), split="train")
-        for options in ({}, {"max_length": 6, "overlength": "truncate_left"}):
-            expected = tokenize_pairs(source, tokenizer, **options).dataset
-            trees = encode_items(rows, tokenizer, **options)
-            for row, tree in zip(expected, trees, strict=True):
-                chosen, rejected = (ids.tolist() for ids in tree.sequences())
-                assert (chosen, rejected) == (row["input_ids_chosen"], row["input_ids_rejected"])
-                assert len(tree.prefix) == row["prefix_length"]
-
-
-BAD = [
-    (1, "a number, expected an object"),
-    ({}, "nothing to score"),
-    ({"text": None}, "'text' is missing"),
-    ({"text": 3}, "'text' is a number"),
-    ({"text": " \n"}, "'text' is blank"),
-    ({"text": "\ud800"}, "tokenizer cannot read"),
-    ({"response": "b"}, "no 'prompt'"),
-    ({"prompt": 3, "response": "b"}, "'prompt' is a number"),
-    ({"prompt": "a", "responses": []}, "'responses' is an empty list, expected a list of one"),
-    ({"prompt": "a", "responses": ["b", ""]}, r"'responses\[1\]' is blank"),
-    ({"prompt": "a", "responses": ["b", 4]}, r"'responses\[1\]' is a number"),
-    ({"prompt": "a", "response": say("b")}, "'prompt' is text, but not a message"),
-    ({"prompt": ASK, "response": {"role": "assistant"}}, "content.*expected text"),
-    ({"messages": []}, "empty list"),
-    ({"messages": ASK + say("")}, "blank"),
-    ({"messages": "a"}, "'messages' is text"),
-    ({"messages": ASK, "tools": 3}, "'tools' is a number"),
-    ({"messages": ASK, "chat_template_kwargs": {"conversation": 1}}, "chat template refuses"),
-    ({"input_ids": [3, 9999]}, "token id 9999"),
-    ({"input_ids": [3, "a"]}, "list of integers|is .a., expected a whole number"),
-    ({"input_ids": [3, 4], "attention_mask": [1]}, "attention mask"),
-    ({"input_ids": [3, 4], "attention_mask": [0, 0]}, "no tokens"),
-]
-
-
-def test_a_wrong_item_is_named_and_others_are_not_disturbed():
-    tokenizer = load_tokenizer(str(ROOT / "configs" / "tiny_llama"))
-    good = [{"text": "boil water."}, {"messages": ASK}, {"prompt": TEXT, "responses": ANSWERS}]
-    items = [item for bad, _ in BAD for item in (bad, *good)]
-    expected = encode_items(good, tokenizer)
-    for i, found in enumerate(encode_items(items, tokenizer)):
-        if i % 4:
-            assert all(map(np.array_equal, found.sequences(), expected[i % 4 - 1].sequences()))
-        else:
-            assert isinstance(found, ItemError)
-            with pytest.raises(ItemError, match=BAD[i // 4][1]):
-                raise found
-    tokenizer.chat_template = None
-    assert "chat template" in str(encode_items([{"messages": ASK}], tokenizer)[0])
 
 
 def test_what_is_too_long(folders):
     long = {"prompt": "boil water. " * 40, "responses": ANSWERS}
-    for kind, options, limit in (("bert", {}, "96"), ("full", {"max_length": 20}, "20"), ("full", {}, None)):
-        scorer = load_scorer(folders(kind), **options)
-        if limit is None:
-            assert scorer.rewards([long])[0].shape == (3,)
-            continue
-        with pytest.raises(ItemError, match=rf"item 1: 'responses\[0\]' has \d+ tokens, .* {limit}; "):
-            scorer.rewards([{"text": "no."}, long])
+    assert load_scorer(folders("full")).rewards([long])[0].shape == (3,)
+    for kind, options, limit in (("bert", {}, 96), ("full", {"max_length": 20}, 20)):
+        with pytest.raises(InputError, match=rf"input 1: 'responses\[0\]' has \d+ tokens, .* {limit}; "):
+            load_scorer(folders(kind), **options).rewards([{"text": "no."}, long])
         cut = load_scorer(folders(kind), overlength="truncate_left", **options)
-        (tree,) = cut.encode([long])
-        assert max(map(len, tree.sequences())) == int(limit)
-        assert np.isfinite(cut.rewards([long])[0]).all()
-    with pytest.raises(InputError, match="learning_rate: cannot act"):
+        assert max(map(len, cut.encode([long])[0].sequences())) == limit and np.isfinite(cut.rewards([long])[0]).all()
+    with pytest.raises(InputError, match="learning_rate: has no effect"):
         load_scorer(folders("full"), learning_rate=1)
 
 
@@ -354,86 +255,47 @@ def test_goes_on_where_an_output_ends(folders, command, tmp_path):
             assert json.dumps(one)[:40] == json.dumps(other)[:40]
 
 
-def test_refuses_to_go_on_with_what_is_not_its_output(folders, command, tmp_path):
-    full, other = (f"--model={folders(kind)}" for kind in ("full", "no_scale"))
-    args = ["--input=x.jsonl", "--output=y.jsonl"]
+def test_refuses_to_continue_what_is_not_its_output(folders, command, tmp_path):
+    full, args = f"--model={folders('full')}", ["--input=x.jsonl", "--output=y.jsonl"]
     command(full, *args, lines=LINES[:4])
     (tmp_path / "y.jsonl").write_bytes(b"".join((tmp_path / "y.jsonl").read_bytes().splitlines(True)[:2]))
     before = (tmp_path / "y.jsonl").read_bytes()
-    changed = [LINES[0] | {"id": "x"}, *LINES[1:4]]
     wrong = [
-        ([full, *args, "--normalize"], LINES[:4], "line 1 of the input would be answered otherwise"),
-        ([full, *args, "--only_rewards"], LINES[:4], "line 1 of the input would be answered otherwise"),
-        ([f"--model={folders('bert')}", *args], LINES[:4], "line 1 of the input would be answered otherwise"),
-        ([full, *args], changed, "line 1 of the input would be answered otherwise"),
-        ([full, *args], LINES[:1], "has line 2, x.jsonl has not"),
+        ([full, *args, "--normalize"], LINES[:4]),
+        ([full, *args, "--only_rewards"], LINES[:4]),
+        ([f"--model={folders('bert')}", *args], LINES[:4]),
+        ([full, *args], [LINES[0], LINES[1] | {"id": "x"}, *LINES[2:4]]),
+        ([full, *args], LINES[:1]),
     ]
-    for arguments, lines, message in wrong:
-        with pytest.raises(score.InputError, match=message):
+    for arguments, lines in wrong:
+        with pytest.raises(InputError, match="line 2 of the input would have another answer now"):
             command(*arguments, lines=lines)
         assert (tmp_path / "y.jsonl").read_bytes() == before
-    (tmp_path / "y.jsonl").write_text('{"text": "not ours"}\n')
-    with pytest.raises(score.InputError, match="something else than the rewards"):
-        command(other, *args, lines=LINES)
+    for content in ('{"accuracy": 0.9}', "notes", '{"text": "not ours"}\n'):
+        (tmp_path / "y.jsonl").write_text(content)
+        with pytest.raises(InputError, match="has something else than rewards"):
+            command(full, *args, lines=LINES)
+        assert (tmp_path / "y.jsonl").read_text() == content
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("when", ["scoring", "writing"])
-def test_a_signal_leaves_whole_lines(folders, command, tmp_path, monkeypatch, number, when):
-    args = [f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", "--window_size=2"]
-    command(*args, lines=LINES)
-    whole = read(tmp_path / "y.jsonl")
-    (tmp_path / "y.jsonl").unlink()
-    calls, died = [], []
-    place, name = (score, "answer_lines") if when == "scoring" else (score, "_write")
-    work = getattr(place, name)
+def test_two_programs_do_not_write_one_output(tmp_path):
+    with open_output(tmp_path / "y") as (_, last), pytest.raises(InputError, match="another program is writing it"):
+        assert last is None
+        with open_output(tmp_path / "y"):
+            pass
 
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-        return work(*arguments)
 
-    monkeypatch.setattr(score, "die_of", died.append)
+def test_rewards_that_are_not_finite_and_broken_files(folders, command, tmp_path, monkeypatch):
+    model, real = f"--model={folders('full')}", Scorer.score
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, interrupted)
-        _, said = command(*args)
-    done = 2 if when == "scoring" else 4
-    assert died == [number] and f"stopped after line {whole[done - 1]['line']}; the same command" in said
-    assert len(read(tmp_path / "y.jsonl")) == done
-    command(*args)
-    assert [r["line"] for r in read(tmp_path / "y.jsonl")] == [r["line"] for r in whole]
-
-
-def test_out_of_memory_and_rewards_that_are_not_finite(folders, command, tmp_path, monkeypatch):
-    real = score.Scorer.score
-
-    def tight(self, trees):
-        if sum(map(len, trees)) > 60:
-            raise RuntimeError("CUDA out of memory. Tried to allocate")
-        return [np.array([np.nan]) if len(tree) == 2 else r for tree, r in zip(trees, real(self, trees), strict=True)]
-
-    monkeypatch.setattr(score.Scorer, "score", tight)
-    lines = [{"text": "boil water."}, {"text": "no"}, {"text": "boil water. " * 30}, {"text": "boil water."}]
-    assert command(f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", lines=lines)[0] == 0
-    out = read(tmp_path / "y.jsonl")
-    assert "reward" in out[0] and out[0]["reward"] == pytest.approx(out[3]["reward"])
-    assert out[1]["error"] == "the reward is not finite" and "out of memory with" in out[2]["error"]
-
-
-def test_broken_files_and_huge_lines(folders, command, tmp_path, monkeypatch):
-    model = f"--model={folders('full')}"
-    monkeypatch.setattr(stream, "MAX_LINE", 100)
-    lines = [{"text": "no."}, {"text": "boil water. " * 30}, {"text": "no."}]
-    assert command(model, "--input=x.jsonl", "--output=y.jsonl", lines=lines)[0] == 0
-    out = read(tmp_path / "y.jsonl")
-    assert [record["line"] for record in out] == [1, 2, 3] and "longer than" in out[1]["error"]
-    noise = [json.dumps({"text": "no.", "odd": os.urandom(20).hex()}) for _ in range(900)]
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("\n".join(noise).encode())[:-900])
-    with pytest.raises(score.InputError, match=r"x.jsonl.gz: cannot be read after line \d+"):
-        command(model, "--input=x.jsonl.gz", "--output=z.jsonl", "--window_size=5000")
-    assert len(read(tmp_path / "z.jsonl")) > 700  # what could be read is answered
-    assert command(model, "--input=x.jsonl", "--output=w.jsonl", lines=["nothing", "here"])[0] == 1
+        patch.setattr(Scorer, "score", lambda self, trees: [r * np.nan for r in real(self, trees)])
+        assert command(model, "--input=x.jsonl", "--output=y.jsonl", lines=[{"text": "no."}])[0] == 1
+    assert read(tmp_path / "y.jsonl")[0]["error"] == "the reward is not finite"
+    noise = [json.dumps({"text": "no.", "odd": os.urandom(20).hex()}) for _ in range(90)]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("\n".join(noise).encode())[:-90])
+    with pytest.raises(InputError, match=r"x.jsonl.gz: cannot be read after line \d+"):
+        command(model, "--input=x.jsonl.gz", "--output=z.jsonl", "--window_size=8")
+    assert len(read(tmp_path / "z.jsonl")) > 40
     assert command(model, "--input=x.jsonl", "--output=v.jsonl", lines=[])[0] == 0
 
 
@@ -441,30 +303,31 @@ def test_wrong_arguments_are_one_line(folders, fails, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "no."}\n')
     model = f"--model={folders('full')}"
     for options, message in {
-        ("--input=x.jsonl",): "--model FOLDER is needed",
+        ("--input=x.jsonl",): "--model is needed",
         ("--model=no/such/folder", "--input=x.jsonl"): "there is no such folder",
-        (model, "--input=y.jsonl"): "--input=y.jsonl: there is no such file",
-        (model, "--input=x.jsonl", "--output=no/y.jsonl"): "its folder does not exist",
+        (model, "--input=y.jsonl"): "y.jsonl cannot be used (No such file or directory)",
+        (model, "--input=x.jsonl", "--output=no/y.jsonl"): "no/y.jsonl cannot be used (No such file or directory)",
         (model, "--input=x.jsonl", "--output=./x.jsonl"): "is the input",
-        (model, "--input=x.jsonl", "--output=y.gz"): "no plain file",
-        (model, "--input=x.jsonl", "--learning_rate=1"): "learning_rate cannot act in scoring",
+        (model, "--input=x.jsonl", "--output=y.gz"): "a compressed file",
+        (model, "--input=x.jsonl", "--learning_rate=1"): "learning_rate has no effect in this program",
         (model, "--input=x.jsonl", "--max_length=0"): "max_length=0: must be greater than 0",
-        (model, "--input=x.jsonl", "--window_size=none"): "window_size='none' does not fit",
-        (model, "--input=x.jsonl", "--normalize=3"): "normalize='3' does not fit",
+        (model, "--input=x.jsonl", "--window_size=none"): "window_size='none': must be a valid integer",
+        (model, "--input=x.jsonl", "--normalize=3"): "normalize=3: must be a valid boolean",
         (model, "--input"): "--input needs a value",
         (f"--model={folders('no_scale')}", "--input=x.jsonl", "--normalize"): "has no reward_mean",
     }.items():
         assert message in fails(*options, module="rm.score"), options
 
 
-def test_help_and_a_warning_of_texts_for_a_model_of_conversations(folders, command, capfdbinary):
-    assert score.main(["--help"]) == 0
+def test_help_and_a_warning_of_texts_for_a_model_of_conversations(folders, command, capfdbinary, caplog):
+    with pytest.raises(SystemExit):
+        score.main(["--help"])
     shown = capfdbinary.readouterr().out.decode()
-    assert all(f"--{name}" in shown for name in (*score.OWN_OPTIONS, *score.OPTIONS))
-    _, said = command(f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", lines=LINES)
-    assert "line 7 is text without a prompt to make a message of, and the model was trained on conversations" in said
-    _, said = command(f"--model={folders('full')}", "--input=x.jsonl", "--output=z.jsonl", lines=LINES[:4])
-    assert "warning" not in said
+    assert all(name in shown for name in ("only_rewards", *ACCEPTED))
+    command(f"--model={folders('full')}", "--input=x.jsonl", "--output=z.jsonl", lines=LINES[:4])
+    assert "inputs are" not in caplog.text
+    command(f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", lines=LINES)
+    assert "inputs are text, and the model was trained on conversation" in caplog.text
 
 
 # ---------------------------------------------------------------- normalised rewards
@@ -533,7 +396,7 @@ def test_a_scale_does_not_outlive_its_model(folders, tmp_path):
         ])  # fmt: skip
         assert not [key for key in json.loads((folder / "config.json").read_text()) if key.startswith("reward_")]
         assert json.loads((folder / "results.json").read_text())["normalization"] is None
-        with pytest.raises(InputError, match="has no reward_mean and reward_std in its config.json"):
+        with pytest.raises(InputError, match="has no reward_mean and positive reward_std in its config.json"):
             load_scorer(str(folder), normalize=True)
 
 
@@ -549,26 +412,3 @@ def test_a_resumed_run_has_the_same_scale(train):
     scale = json.loads((whole / "results.json").read_text())["normalization"]
     assert scale["reward_answers"] == 60
     assert scale == json.loads((again / "results.json").read_text())["normalization"]
-
-
-def test_a_file_of_others_is_never_cut(folders, tmp_path, capsys):
-    (tmp_path / "x.jsonl").write_text('{"text": "be brief."}\n')
-    command = [f"--model={folders('full')}", f"--input={tmp_path / 'x.jsonl'}", f"--output={tmp_path / 'y'}"]
-    for content in ('{"accuracy": 0.9}', "notes", '{"line": 1, "reward": 0.5}\n{"line": 1, "reward": 0.5}\n'):
-        (tmp_path / "y").write_text(content)
-        with pytest.raises(InputError, match="something else than the rewards|holds 2 lines"):
-            score.main(command)
-        assert (tmp_path / "y").read_text() == content
-    (tmp_path / "y").write_text('{"li')  # a line of ours, torn
-    assert score.main(command) == 0 and json.loads((tmp_path / "y").read_text())["line"] == 1
-
-
-def test_two_programs_do_not_write_one_output(tmp_path):
-    one = stream.open_output(tmp_path / "y", 0, 0)
-    with pytest.raises(InputError, match="another program is writing it"):
-        stream.open_output(tmp_path / "y", 0, 0)
-    one.write(b"x\n")
-    one.close()
-    with pytest.raises(InputError, match="another program is writing it"):  # it was, since we looked
-        stream.open_output(tmp_path / "y", 0, 0)
-    stream.open_output(tmp_path / "y", 2, 2).close()

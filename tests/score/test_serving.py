@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rm.evaluate import __main__ as evaluate
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "docs" / "scoring_and_serving.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^<!-- serving: (.+?) -->\n```python\n(.*?)^```$", README, re.M | re.S))
 
 

@@ -5,53 +5,81 @@ import shutil
 
 import pytest
 import torch
+from examples import GOOD
 from runs import SMALL, record, reset_accelerate, summary, weights
 from safetensors.torch import load_file
 
 import rm.evaluate.__main__
-from rm.train.best import BestEvaluation
+from rm.config.errors import InputError
+from rm.config.options import RewardConfig
+from rm.train.state import BestEvaluation
 
 
-def feed(values, metric="eval/accuracy", **options):
-    best = BestEvaluation(metric, **options)
-    return best, [best.update(i, {metric: value}) for i, value in enumerate(values, 1)]
+@pytest.fixture
+def best_by(data_of):
+    """best_by(metric, **options) → a `BestEvaluation` of evaluations on two pairs."""
+    given, data = {"metric_for_best_model": "eval/accuracy", "eval_steps": 1}, data_of([GOOD, GOOD])
+    return lambda **options: BestEvaluation(RewardConfig(**given | options), data)
 
 
-def test_direction_and_ties():
+@pytest.fixture
+def feed(best_by):
+    """feed(values, metric) → (`BestEvaluation`, whether each value was the best so far)."""
+
+    def run(values, metric="eval/accuracy", **options):
+        best = best_by(metric_for_best_model=metric, **options)
+        return best, [best.update(i, {metric: value}) for i, value in enumerate(values, 1)]
+
+    return run
+
+
+def test_direction_and_ties(feed):
     assert feed([0.5, 0.6, 0.6, 0.4])[1] == [True, True, False, False]
     assert feed([0.5, 0.6, 0.4, 0.4], "eval/loss")[1] == [True, False, True, False]
     assert feed([0.5, 0.6], "eval/loss", greater_is_better=True)[1] == [True, True]
     assert feed([0.5, 0.4], "eval/margin", greater_is_better=False)[1] == [True, True]
 
 
-def test_nan_is_never_the_best():
+def test_nan_is_never_the_best(feed):
     best, updates = feed([math.nan, 0.1, math.nan, 0.2], "eval/loss")
     assert updates == [False, True, False, False] and best.step == 2
     assert best.evaluations_waited == 2
 
 
-def test_patience_and_threshold():
-    best, _ = feed([0.5, 0.6, 0.6], patience=2)
+def test_patience_and_threshold(feed):
+    best, _ = feed([0.5, 0.6, 0.6], early_stopping_patience=2)
     assert not best.patience_is_over
     best.update(4, {"eval/accuracy": 0.55})
     assert best.patience_is_over and best.step == 2
-    best, updates = feed([0.50, 0.52, 0.54, 0.55], patience=2, threshold=0.03)
+    best, updates = feed([0.50, 0.52, 0.54, 0.55], early_stopping_patience=2, early_stopping_threshold=0.03)
     assert updates == [True] * 4 and best.step == 4  # better, but not by enough to go on for
     assert best.patience_is_over
     assert not feed([0.5, 0.4, 0.3, 0.2])[0].patience_is_over
 
 
-def test_state():
-    best, _ = feed([0.5, 0.6, 0.4], patience=2)
-    other = BestEvaluation("eval/accuracy", patience=2)
-    other.load_state(best.state())
+def test_state(feed, best_by):
+    best, _ = feed([0.5, 0.6, 0.4], early_stopping_patience=2)
+    other = best_by(early_stopping_patience=2)
+    vars(other).update(best.state_dict())
     for one in (best, other):
         assert not one.update(4, {"eval/accuracy": 0.6}) and one.patience_is_over and one.step == 2
 
 
-def test_without_a_metric():
-    best = BestEvaluation(None)
+def test_without_a_metric(best_by):
+    best = best_by(metric_for_best_model=None)
     assert not best.update(1, {"eval/loss": 0.1}) and best.step is None and not best.patience_is_over
+
+
+def test_what_has_no_direction_needs_one(best_by):
+    for metric in ("eval/temperature", "eval/reward_std"):
+        with pytest.raises(InputError, match=f"metric_for_best_model={metric} has no direction; set greater_is_better"):
+            best_by(metric_for_best_model=metric)
+    with pytest.raises(InputError, match="metric_for_best_model=eval/nope: no such metric; the nearest of "):
+        best_by(metric_for_best_model="eval/nope")
+    assert best_by(metric_for_best_model="eval/reward_std", greater_is_better=False).update(1, {"eval/reward_std": 2.0})
+    assert best_by().greater_is_better and best_by(metric_for_best_model="eval/margin_q05").greater_is_better
+    for name in ("loss", "brier", "ece", "ties"):
+        assert not best_by(metric_for_best_model=f"eval/{name}").greater_is_better
 
 
 # ---------------------------------------------------------------- whole runs
@@ -122,22 +150,14 @@ def test_it_resumes(runs, zygote, tmp_path, at):
     zygote.run(1, [*options, "--output_dir=run", "--resume_from_checkpoint=latest"], tmp_path)
     assert (record(tmp_path / "run"), summary(tmp_path / "run")) == before[:2]
     assert all(torch.equal(before[2][name], tensor) for name, tensor in weights(tmp_path / "run").items())
-    path = f"--resume_from_checkpoint=run/checkpoints/step-{step}"  # the best one comes along
-    zygote.run(1, [*options, "--output_dir=elsewhere", path], tmp_path)
-    assert (record(tmp_path / "elsewhere"), summary(tmp_path / "elsewhere")) == before[:2]
-    assert all(torch.equal(before[2][name], tensor) for name, tensor in weights(tmp_path / "elsewhere").items())
-    done = zygote.start([*options, "--output_dir=third", path, "--eval_steps=4"], tmp_path)
+    (tmp_path / "run" / "results.json").unlink()
+    again = ["--output_dir=run", "--resume_from_checkpoint=latest", "--eval_steps=4"]
+    done = zygote.start([*options, *again], tmp_path)
     assert done.wait() == 2 and "eval_steps: 2 -> 4" in done.stderr  # it decides when the run ends
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_two_processes_agree(zygote, runs, tmp_path, pretrained, lora):
-    options = [
-        *RUN,
-        *PATIENT,
-        f"--model_name_or_path={pretrained}",
-        *(["--use_peft", "--lora_dropout=0"] if lora else []),
-    ]
+def test_two_processes_agree(zygote, runs, tmp_path, pretrained):
+    options = [*RUN, *PATIENT, f"--model_name_or_path={pretrained}", "--use_peft", "--lora_dropout=0"]
     for count in (1, 2):
         zygote.run(count, [*options, f"--output_dir={count}"], tmp_path)
     one, two = (summary(tmp_path / name) for name in "12")
@@ -145,17 +165,16 @@ def test_two_processes_agree(zygote, runs, tmp_path, pretrained, lora):
     assert one["eval/loss"] == pytest.approx(two["eval/loss"], abs=1e-5)
 
 
-def test_fsdp2(fsdp_zygote, zygote, tmp_path):
+def test_fsdp2(fsdp_zygote, runs, tmp_path):
     fsdp_zygote.run(2, [*RUN, *PATIENT, "--output_dir=fsdp"], tmp_path)
-    zygote.run(1, [*RUN, *PATIENT, "--output_dir=one"], tmp_path)
-    fsdp, one = (summary(tmp_path / name) for name in ("fsdp", "one"))
+    fsdp, one = summary(tmp_path / "fsdp"), summary(runs / "early")
     assert fsdp["train/best_step"] == one["train/best_step"] and fsdp["train/steps"] == one["train/steps"]
     for name, tensor in weights(tmp_path / "fsdp").items():
-        torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], atol=1e-4, rtol=0)
+        torch.testing.assert_close(tensor, weights(runs / "early")[name], atol=1e-4, rtol=0)
 
 
 def test_a_damaged_best_checkpoint_loses_nothing(zygote, tmp_path):
-    spoil = "import train_rm\nload = train_rm.damage\ntrain_rm.damage = lambda folder: 'it is gone'"
+    spoil = "import rm.train.checkpoint as module\nmodule.damage = lambda folder, needed: 'it is gone'"
     done = zygote.start([*RUN, *BEST, "--output_dir=run"], tmp_path, fault=spoil)
     assert done.wait() == 1
     fix = "load_best_model_at_end=false metric_for_best_model=eval/loss"
@@ -173,17 +192,3 @@ def test_fractions_of_all_steps_and_the_start(zygote, runs, tmp_path):
     assert [row["step"] for row in rows if "train/loss" in row] == [5, 10, 12]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-12", "step-6"]
     torch.testing.assert_close(weights(tmp_path / "run"), weights(runs / "last"))  # none of it changes the training
-
-
-@pytest.mark.parametrize("metric", ["eval/loss", "eval/my_loss", "eval/brier", "eval/chat/ece", "eval/ties"])
-def test_less_of_a_loss_or_an_error_is_better(metric):
-    best = BestEvaluation(metric)
-    assert best.update(1, {metric: 0.5}) and best.update(2, {metric: 0.4}) and not best.update(3, {metric: 0.6})
-
-
-def test_what_has_no_direction_needs_one():
-    for metric in ("eval/temperature", "eval/chat/reward_std", "eval/null_prompt_loss"):
-        with pytest.raises(ValueError, match=f"metric_for_best_model={metric}: more of it is not better"):
-            BestEvaluation(metric)
-    assert BestEvaluation("eval/reward_std", greater_is_better=False).update(1, {"eval/reward_std": 2.0})
-    assert BestEvaluation("eval/accuracy").greater_is_better and BestEvaluation("eval/margin_q05").greater_is_better

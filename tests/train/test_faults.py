@@ -1,4 +1,4 @@
-"""Numbers that are not finite, disks that are full, trackers that misbehave: on the real program."""
+"""Numbers that are not finite and disks that are full, on the real program."""
 
 import json
 import os
@@ -9,7 +9,8 @@ import pytest
 from runs import SMALL, assert_same_bits, lines, record, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
-from wandb_stub import Stub
+
+from rm.config.files import GO_ON
 
 LATEST = "--resume_from_checkpoint=latest"
 RUN = ["dataset_name=toy", *SMALL, "--max_steps=8", "--save_steps=2", "--output_dir=out"]
@@ -48,7 +49,7 @@ def test_a_pair_that_is_not_finite_ends_the_run_by_name(zygote, poisoned, tmp_pa
     assert [run.wait() for run in runs] == [3] * count
     message = runs[0].stderr.strip().splitlines()[-1]
     step = len(checkpoints(tmp_path / "out")) + 1 if (tmp_path / "out" / "checkpoints").exists() else 1
-    assert message == f"error: step {step}: the rewards of 1 pairs are not finite; its pairs: pair-7"
+    assert message == f"error: step {step}: the rewards of 1 prompts are not finite; its prompts: pair-7"
     assert "Traceback" not in runs[0].stderr and not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -58,14 +59,14 @@ def test_a_pair_of_a_mixture_is_named_with_its_data_set(zygote, poisoned, tmp_pa
     (tmp_path / "other.jsonl").write_text((tmp_path / "other.jsonl").read_text().replace("make tea of water", "tea"))
     names = ["--dataset_name", train, "other.jsonl", "--dataset_weights", "1", "0.5"]
     run = zygote.start([*poisoned, *names, "--output_dir=out"], tmp_path)
-    assert run.wait() == 3 and run.stderr.strip().endswith("not finite; its pairs: train/pair-7")
+    assert run.wait() == 3 and run.stderr.strip().endswith("not finite; its prompts: train/pair-7")
 
 
 def test_a_step_may_be_left_out_on_every_process(zygote, poisoned, tmp_path):
     """The weights, the means and the number of steps left out are the same however it is run."""
     for count in (1, 2):
         done = zygote.run(count, [*poisoned, "--max_nonfinite_steps=1", f"--output_dir=out{count}"], tmp_path)
-        assert done.stderr.count("pairs: pair-7; the step is left out (1 in a row of 1 allowed)") == 2  # once an epoch
+        assert done.stderr.count("prompts: pair-7; the step is skipped (1 in a row of 1 allowed)") == 2  # once an epoch
     one, two = tmp_path / "out1", tmp_path / "out2"
     counts = lines(one, "optim/skipped_steps")
     assert counts == lines(two, "optim/skipped_steps") and counts[-1] == 2
@@ -84,24 +85,22 @@ def test_a_step_may_be_left_out_on_every_process(zygote, poisoned, tmp_path):
     assert record(one) == before
 
 
-def test_steps_in_a_row_are_counted_over_a_restart(zygote, tmp_path, poisoned):
-    nan = "import torch, train_rm\nloss = train_rm.pairwise_loss\n"
-    nan += "train_rm.pairwise_loss = lambda *a, **k: loss(*a, **k) * float('inf')\n"
+INFINITE = """
+import train_rm
+loss = train_rm.pairwise_loss
+train_rm.pairwise_loss = lambda *args, **kwargs: loss(*args, **kwargs) * float("inf")  # the rewards are finite
+"""
+
+
+def test_too_many_steps_in_a_row_also_over_a_restart(zygote, tmp_path, poisoned):
     options = [*poisoned, "--max_nonfinite_steps=3", "--output_dir=out"]
-    kill = "import os\nsave = train_rm.save_checkpoint\ndie = lambda step: step == 2 and os.kill(os.getpid(), 9)\n"
-    kill += "train_rm.save_checkpoint = lambda *a, **k: (save(*a, **k), die(a[3]['step']))"
-    assert zygote.start(options, tmp_path, fault=nan + kill).wait() == -9
-    run = zygote.start([*options, LATEST], tmp_path, fault=nan)
-    assert run.wait() == 3 and "error: step 4: the gradient (norm nan) is not finite" in run.stderr
-
-
-def test_too_many_steps_in_a_row(zygote, tmp_path, poisoned):
-    nan = "import torch, train_rm\nloss = train_rm.pairwise_loss\n"
-    nan += "train_rm.pairwise_loss = lambda *a, **k: loss(*a, **k) * float('inf')"  # the rewards are finite
-    run = zygote.start([*poisoned, "--max_nonfinite_steps=2", "--output_dir=out"], tmp_path, fault=nan)
-    assert run.wait() == 3
-    assert run.stderr.count("the step is left out") == 2
-    assert "error: step 3: the gradient (norm nan) is not finite" in run.stderr
+    kill = "import os\nfrom rm.train.checkpoint import Checkpoints\nsave = Checkpoints.save\n"
+    kill += "die = lambda step: step == 2 and os.kill(os.getpid(), 9)\n"
+    kill += "Checkpoints.save = lambda self: (save(self), die(self.state.step))"
+    assert zygote.start(options, tmp_path, fault=INFINITE + kill).wait() == -9
+    run = zygote.start([*options, LATEST], tmp_path, fault=INFINITE)
+    assert run.wait() == 3 and run.stderr.count("the step is skipped") == 1
+    assert "error: step 4: the gradient (norm nan) is not finite; its prompts: pair-" in run.stderr
 
 
 INFINITE_LOSS = """
@@ -131,10 +130,20 @@ def test_a_loss_that_is_infinite_on_one_process_moves_no_weight(zygote, tmp_path
 
 # ------------------------------------------------------------------------------ disks
 
+
+@pytest.fixture(scope="module")
+def whole(zygote, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("whole")
+    zygote.run(1, [*RUN, "--eval_steps=3"], cwd)
+    return cwd / "out"
+
+
 # what a full disk does to one who writes: in the n-th call of `name` no file may grow over `size` bytes
 FULL = """
 import resource, {module} as module
-function, calls = module.{name}, []
+owner, _, name = "module.{name}".rpartition(".")
+owner = eval(owner)
+function, calls = getattr(owner, name), []
 def full(*args, **kwargs):
     calls.append(1)
     if len(calls) == {n}:
@@ -143,23 +152,20 @@ def full(*args, **kwargs):
         return function(*args, **kwargs)
     finally:  # its message goes to a file too
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-module.{name} = full
+setattr(owner, name, full)
 """
 
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("size", [1000, 150_000], ids=["weights", "optimizer"])
 def test_a_disk_that_is_full_at_a_checkpoint(zygote, tmp_path, size, count):
-    fault = FULL.format(module="train_rm", name="save_checkpoint", n=3, size=size)
+    fault = FULL.format(module="rm.train.checkpoint", name="Checkpoints.save", n=3, size=size)
     options = [*RUN, "--save_total_limit=1", "--num_print_samples=0"]
     runs = zygote.start_many(count, options, tmp_path, fault=fault)
     assert [run.wait(30) for run in runs] == [1] * count
     message = runs[0].stderr.strip().splitlines()[-1]
     assert message.startswith("error: out/checkpoints/step-6 could not be written (") and "File too large" in message
-    assert (
-        "the earlier ones are intact: mend that and go on with --resume" in message
-        and "Traceback" not in runs[0].stderr
-    )
+    assert f"the earlier ones are intact: {GO_ON}" in message and "Traceback" not in runs[0].stderr
     assert checkpoints(tmp_path / "out") == ["step-4"]  # which is removed after the new one is in place, not before
     zygote.run(count, [*options, LATEST], tmp_path)
     zygote.run(count, [*options, "--output_dir=whole"], tmp_path)
@@ -169,23 +175,22 @@ def test_a_disk_that_is_full_at_a_checkpoint(zygote, tmp_path, size, count):
 @pytest.mark.parametrize(
     "module, name, n, size, file",
     [
-        ("rm.tracking", "RunLog.log", 5, 1500, "out/metrics.jsonl cannot be written"),
-        ("train_rm", "visualize_samples", 1, 500, "out/samples/step-3.jsonl cannot be written"),
-        ("train_rm", "save_model", 1, 2000, "the model cannot be written to out"),
-        ("train_rm", "write_text", 1, 1000, "out/README.md cannot be written"),
-        ("train_rm", "write_text", 2, 1000, "out/results.json cannot be written"),
+        ("rm.log.trackers", "RunLog.log", 5, 1500, "out/metrics.jsonl cannot be written"),
+        ("rm.evaluate.evaluator", "visualize_samples", 1, 500, "out/samples/step-3.jsonl cannot be written"),
+        ("rm.train.finish", "save_model", 1, 2000, "the model cannot be written to out"),
+        ("rm.train.run_dir", "Run.write_text", 4, 1000, "out/results.json cannot be written"),
+        ("rm.train.run_dir", "Run.write_text", 5, 1000, "out/README.md cannot be written"),
     ],
 )
-def test_a_disk_that_is_full_elsewhere(zygote, tmp_path, module, name, n, size, file):
+def test_a_disk_that_is_full_elsewhere(zygote, whole, tmp_path, module, name, n, size, file):
     options = [*RUN, "--eval_steps=3"]
     run = zygote.start(options, tmp_path, fault=FULL.format(module=module, name=name, n=n, size=size))
     assert run.wait() == 1
     message = run.stderr.strip().splitlines()[-1]
     assert message.replace(f"{tmp_path}/", "").startswith(f"error: {file}") and "File too large" in message
-    assert "go on with --resume_from_checkpoint=latest" in message and "Traceback" not in run.stderr
+    assert message.endswith(GO_ON) and "Traceback" not in run.stderr
     zygote.run(1, [*options, LATEST], tmp_path)
-    zygote.run(1, [*options, "--output_dir=whole"], tmp_path)
-    assert_same_bits(tmp_path / "out", tmp_path / "whole")
+    assert_same_bits(tmp_path / "out", whole)
 
 
 @pytest.mark.parametrize("folder", ["a-file/out", "/proc/out", "read-only/out"])
@@ -200,7 +205,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model(zygote, tmp_p
 
 
 KILL_AT = """
-import os, rm.checkpoint, rm.files, shutil, pathlib
+import os, pathlib, shutil
+from rm.config import files, folders
+from rm.train import checkpoint
 count = [0]
 def kill(function):
     def counted(*args, **kwargs):
@@ -209,92 +216,33 @@ def kill(function):
             os.kill(os.getpid(), 9)
         return function(*args, **kwargs)
     return counted
-write = rm.train.checkpoint.save_checkpoint
-def save(*args, **kwargs):
-    if args[3]["step"] == 6:  # from here on, every operation on files counts
-        for owner, name in [(rm.checkpoint, "save_file"), (rm.checkpoint, "fsync"), (rm.checkpoint, "digest"),
-                            (rm.files, "fsync"), (shutil, "rmtree"), (os, "unlink"),
+write = checkpoint.Checkpoints.save
+def save(self):
+    if self.state.step == 6:  # from here on, every operation on files counts
+        for owner, name in [(checkpoint, "save_file"), (folders, "fsync"), (folders, "digest"), (files, "fsync"),
+                            (shutil, "rmtree"), (os, "unlink"), (os, "fsync"),
                             (pathlib.Path, "rename"), (pathlib.Path, "write_text")]:
             setattr(owner, name, kill(getattr(owner, name)))
-    write(*args, **kwargs)
-    if args[3]["step"] == 6:
+    write(self)
+    if self.state.step == 6:
         open("saved", "w").write(str(count[0]))
-import train_rm
-train_rm.save_checkpoint = save
+checkpoint.Checkpoints.save = save
 """
 
 
 @pytest.mark.slow
-def test_killed_at_moments_of_writing_a_checkpoint(zygote, tmp_path):
-    """Eight operations on files, drawn from a printed seed; KILL_SEED=all tries every one."""
+def test_killed_at_moments_of_writing_a_checkpoint_or_after(zygote, tmp_path):
+    """Eight operations on files up to the end of the run, drawn from a printed seed; KILL_SEED=all tries every one."""
     options = [*RUN, "--save_total_limit=1", "--num_print_samples=0"]
     zygote.run(1, [*options, "--output_dir=whole"], tmp_path, fault=KILL_AT.format(n=0))
     operations = int((tmp_path / "saved").read_text())
     assert operations > 10
     seed = os.environ.get("KILL_SEED", str(random.randrange(10**6)))
     print(f"KILL_SEED={seed}, {operations} operations")
-    moments = range(1, operations + 1)
+    moments = range(1, 3 * operations)  # those of the next checkpoint and of the end
     for n in moments if seed == "all" else random.Random(int(seed)).sample(moments, 8):
         run = zygote.start([*options, "--overwrite_output_dir"], tmp_path, fault=KILL_AT.format(n=n))
         assert run.wait() == -9
         zygote.run(1, [*options, LATEST], tmp_path)
-        assert_same_bits(tmp_path / "out", tmp_path / "whole")
-        assert checkpoints(tmp_path / "out") == ["step-8"]
-
-
-# ------------------------------------------------------------------------------ trackers
-
-KEY = "0123456789abcdef" * 2 + "01234567"
-LIMITS = """
-import rm.log.trackers
-rm.log.trackers.START_GRACE = {0}
-rm.log.trackers.RunLog.__init__.__kwdefaults__.update(init_timeout={0}, finish_timeout={0})
-"""
-DYING_TRACKER = """
-import accelerate.tracking, time
-def fail(self, *args, **kwargs):
-    {how}
-accelerate.tracking.TensorBoardTracker.{method} = fail
-"""
-
-
-@pytest.fixture(scope="module")
-def untracked(zygote, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("untracked")
-    zygote.run(1, [*RUN, "--eval_steps=4"], folder)
-    return folder / "out"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "server",
-    [{"status": 401}, {"status": 500}, {"garbage": True}, {"hang": True}, {"lives": 8}, None],
-    ids=["refuses", "breaks", "garbage", "hangs", "dies", "unreachable"],
-)
-def test_wandb_in_trouble_changes_nothing(zygote, untracked, tmp_path, server):
-    stub = Stub(**{name: value for name, value in (server or {}).items() if name != "hang"})
-    if server == {"hang": True}:
-        stub.hang.set()
-    url = stub.url if server else "http://127.0.0.1:9"
-    env = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "WANDB_MODE": "online", "WANDB_HTTP_TIMEOUT": "1"}
-    env |= {"HOME": str(tmp_path), "WANDB_SILENT": "false"}
-    limits = (
-        "import rm.tracking\nrm.tracking.RunLog.__init__.__kwdefaults__.update(init_timeout=3.0, finish_timeout=3.0)"
-    )
-    run = zygote.start([*RUN, "--eval_steps=4", "--report_to=wandb"], tmp_path, fault=limits, **env)
-    assert run.wait(60) == 0, run.stderr
-    assert_same_bits(untracked, tmp_path / "out")
-    assert KEY not in run.stderr + run.stdout and "Traceback" not in run.stderr
-    assert json.loads(run.stdout.strip().splitlines()[-1])["train/steps"] == 8
-    stub.close()
-
-
-@pytest.mark.parametrize("method", ["store_init_configuration", "log", "finish"])
-@pytest.mark.parametrize("how", ["raise OSError('gone')", "time.sleep(1000)", "raise SystemExit(1)"])
-def test_a_tracker_that_fails_or_hangs_changes_nothing(zygote, untracked, tmp_path, method, how):
-    fault = DYING_TRACKER.format(method=method, how=how) + LIMITS.format(1.0)
-    run = zygote.start([*RUN, "--eval_steps=4", "--report_to=tensorboard"], tmp_path, fault=fault)
-    assert run.wait(60) == 0, run.stderr
-    assert_same_bits(untracked, tmp_path / "out")
-    quiet = (method, how) == ("log", "time.sleep(1000)")
-    assert "tensorboard: " in run.stderr or quiet
+        assert_same_bits(tmp_path / "out", tmp_path / "whole", also_kept=False)
+        assert "step-8" in checkpoints(tmp_path / "out")

@@ -4,13 +4,11 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from accelerate.utils import DistributedType
-from runs import SMALL, assert_same_run, lines, reset_accelerate
+from runs import SMALL, assert_same_run, lines, merged, reset_accelerate
 
 import train_rm
 from rm.model.reward_model import RewardModel
-from rm.train.oom import BatchSizeFinder, can_repeat_steps
+from rm.train.oom import GradientAccumulation
 
 # In the forward pass, or in the backward pass, of every micro-batch of more than `limit` padded tokens
 INJECT = """
@@ -48,20 +46,15 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_the_same_numbers(train,
     _, repeated = train("repeated", "--micro_batch_tokens=4096", "--auto_find_batch_size")
     assert_same_run(whole, repeated)
     messages = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
-    assert (
-        messages
-        == [f"out of memory: step 1 is repeated with micro_batch_tokens={tokens}" for tokens in (2048, 1024, 512, 256)][
-            : len(messages)
-        ]
-    )
-    assert messages
+    repeats = [f"out of memory: step 1 is repeated with micro_batch_tokens={n}" for n in (2048, 1024, 512, 256)]
+    assert messages and messages == repeats[: len(messages)]
 
 
 def test_pairs_of_the_failed_attempt_are_not_counted_twice(train, monkeypatch):
     """The third micro-batch of step 2 fails once, when two are in the meter and in the gradients already."""
     _, whole = train("whole", "--micro_batch_tokens=300")
-    calls, attempt = [], BatchSizeFinder.attempt
-    monkeypatch.setattr(BatchSizeFinder, "attempt", lambda self: (calls.append([]), attempt(self))[1])
+    calls, attempt = [], GradientAccumulation.attempt
+    monkeypatch.setattr(GradientAccumulation, "attempt", lambda self: (calls.append([]), attempt(self))[1])
     forward = RewardModel.forward
 
     def fails_once(self, input_ids, **kwargs):
@@ -81,7 +74,7 @@ def test_pairs_of_the_failed_attempt_are_not_counted_twice(train, monkeypatch):
 def test_two_processes_repeat_a_step_together(train, zygote, tmp_path):
     """Only the second process runs out; both repeat, and their gradients are averaged after the step."""
     _, one = train("one", "--micro_batch_tokens=4096")
-    options = ["dataset_name=toy", *SMALL, "--micro_batch_tokens=4096", "--auto_find_batch_size", "--output_dir=two"]
+    options = [*SMALL, "--micro_batch_tokens=4096", "--auto_find_batch_size", "--output_dir=two"]
     done = zygote.run(2, options, tmp_path, fault=f"{INJECT}\ninject(300, 'backward', rank='1')")
     assert "out of memory: step 1 is repeated with micro_batch_tokens=2048" in done.stderr
     assert_same_run(one, tmp_path / "two")
@@ -90,27 +83,31 @@ def test_two_processes_repeat_a_step_together(train, zygote, tmp_path):
 def test_messages_when_nothing_helps(tmp_path, monkeypatch, capsys, limit_memory):
     def code(*options: str) -> tuple[int, str]:
         reset_accelerate()
-        monkeypatch.setattr(sys, "argv", ["train_rm.py", "dataset_name=toy", *SMALL, *options])
+        monkeypatch.setattr(sys, "argv", ["train_rm.py", *merged([*SMALL, *options])])
         return train_rm.run(), capsys.readouterr().err.strip().splitlines()[-1]
 
     monkeypatch.chdir(tmp_path)
     limit_memory(0, "forward")
     number, message = code("--output_dir=a")
-    assert number == 1 and message.startswith("error: out of memory; give a smaller micro_batch_tokens")
+    assert number == 1 and message.startswith("error: out of memory; set a smaller micro_batch_tokens")
     number, message = code("--output_dir=b", "--auto_find_batch_size")
     assert number == 1
-    assert message == "error: out of memory in step 1 with its longest pair alone: lower max_length"
+    assert message == "error: out of memory in step 1 with its largest prompt alone: lower max_length"
 
 
-def test_other_errors_pass_and_engines_that_would_hang_are_refused():
+def test_other_errors_pass():
     class Stub:
-        num_processes, sums = 1, torch.zeros(1)
+        num_processes = 1
+        begin_step = undo_step = staticmethod(lambda: None)
 
-    finder = BatchSizeFinder(Stub(), None, Stub(), None, enabled=True)
-    with pytest.raises(RuntimeError, match="shape"), finder.attempt():
+    accumulation = GradientAccumulation(Stub(), None, None, Stub(), may_repeat=True)
+    with pytest.raises(RuntimeError, match="shape"), accumulation.attempt():
         raise RuntimeError("shape mismatch")
-    with pytest.raises(ValueError), finder.attempt():
+    with pytest.raises(ValueError), accumulation.attempt():
         raise ValueError("DefaultCPUAllocator: can't allocate memory")
-    assert not finder.must_repeat(0)
-    assert can_repeat_steps(DistributedType.MULTI_GPU)
-    assert not can_repeat_steps(DistributedType.FSDP) and not can_repeat_steps(DistributedType.DEEPSPEED)
+    assert not accumulation.must_repeat(0)
+
+
+def test_engines_that_would_hang_are_rejected(fsdp_zygote, tmp_path):
+    run = fsdp_zygote.start([*SMALL, "--auto_find_batch_size", "--output_dir=out"], tmp_path)
+    assert run.wait() == 2 and "auto_find_batch_size=True: not supported under FSDP; set micro_batch" in run.stderr

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import wandb_files
-from runs import SMALL, assert_same_run, lines, reset_accelerate, weights
+from runs import SMALL, assert_same_run, lines, merged, reset_accelerate, weights
 
 import train_rm
-from rm.log.token_html import strips_page
+from rm.config.errors import InputError
+from rm.log.token_html import token_rewards_page
 
 
 def test_a_run_leaves_everything_it_promises(train):
@@ -98,6 +99,7 @@ def test_bf16_autocast_and_gradient_checkpointing(train, caplog):
     assert float(exports[-1].split()[-1]) < 1e-5  # and so is what was saved
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_as_the_others(train):
     _, plain = train("plain", "--max_steps=2")
     torch._dynamo.reset()
@@ -112,7 +114,7 @@ def test_learning_rate_by_hand(train):
     floor = '--lr_scheduler_kwargs={"min_lr_rate": 0.5}'
     _, out = train("floor", "--lr_scheduler_type=cosine_with_min_lr", floor, "--learning_rate=1e-3", "--max_steps=2")
     assert lines(out, "optim/learning_rate") == pytest.approx([1e-3, 7.5e-4])
-    with pytest.raises(train_rm.InputError, match="lr_scheduler_kwargs"):
+    with pytest.raises(InputError, match="lr_scheduler_kwargs"):
         train("wrong", "--lr_scheduler_type=polynomial", '--lr_scheduler_kwargs={"nope": 1}')
 
 
@@ -126,7 +128,7 @@ def test_centering_and_margin_act(train):
 def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     def code(*options: str) -> tuple[int, str]:
         reset_accelerate()
-        monkeypatch.setattr(sys, "argv", ["train_rm.py", "dataset_name=toy", *SMALL, *options])
+        monkeypatch.setattr(sys, "argv", ["train_rm.py", *merged([*SMALL, *options])])
         return train_rm.run(), capsys.readouterr().err.strip().splitlines()[-1]
 
     monkeypatch.chdir(tmp_path)
@@ -136,21 +138,21 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     )
     (tmp_path / "bad.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "a", "rejected": null}\n')
     number, message = code("--dataset_name=bad.jsonl", "--eval_fraction=0.5", "--max_train_samples=none")
-    assert number == 2 and "bad.jsonl" in message and "row 1" in message and "rejected" in message
+    assert number == 2 and "bad.jsonl" in message and "row 2" in message and "rejected" in message
     assert code("--report_to=nowhere")[0] == 2
     number, message = code("--model_name_or_path=no/such")
     assert number == 2 and "no/such" in message
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.jsonl").write_text("")
     number, message = code("--output_dir=old")
-    assert number == 2 and "already holds a run" in message
+    assert number == 2 and "'metrics.jsonl' is in the way" in message
     number, message = code("--learning_rate=1e30", "--max_grad_norm=0", "--output_dir=nan")
-    assert number == 3 and "not finite; its pairs: " in message
+    assert number == 3 and "not finite; its prompts: " in message
     assert not (tmp_path / "nan" / "model.safetensors").exists()
     number, message = code("--layout=shared_prefix", "--attn_implementation=flash_attention_2", "--output_dir=flash")
     assert number == 2
     number, message = code("--attn_implementation=flex_attention", "--output_dir=flex")
-    assert number == 2 and "has no backward pass on a CPU" in message
+    assert number == 2 and "flex_attention is not supported" in message
     monkeypatch.setattr("shutil.which", lambda name: None)
     number, message = code("--torch_compile", "--output_dir=compile")
     assert number == 2 and "torch_compile needs a C++ compiler" in message
@@ -163,7 +165,9 @@ def test_the_program_prints_one_json_line_last(zygote, tmp_path):
     assert "Traceback" not in done.stderr
     ((at, columns, rows),) = wandb_files.tables(wandb_files.run_dir(tmp_path / "out"), "eval/samples")
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "step-4.jsonl").read_text().splitlines()]
-    shown = [{name: value for name, value in sample.items() if not name.startswith("trace")} for sample in samples]
+    shown = [
+        {name: value for name, value in sample.items() if not name.startswith("token_rewards")} for sample in samples
+    ]
     assert at["train/step"] == 4 and [dict(zip(columns, row, strict=True)) for row in rows] == shown
-    ((at, page),) = wandb_files.pages(wandb_files.run_dir(tmp_path / "out"), "eval/strips")
-    assert at["train/step"] == 4 and page == strips_page(samples)
+    ((at, page),) = wandb_files.pages(wandb_files.run_dir(tmp_path / "out"), "eval/token_rewards")
+    assert at["train/step"] == 4 and page == token_rewards_page(samples)

@@ -1,6 +1,7 @@
-"""DeepSpeed ZeRO on CPUs: trains, saves, exports and resumes as one process does. Needs `pip install deepspeed`."""
+"""DeepSpeed ZeRO on CPUs trains, saves, exports and resumes as one process does. Needs `pip install deepspeed`."""
 
 import importlib.util
+import json
 import shutil
 
 import pytest
@@ -9,14 +10,7 @@ from runs import SMALL, assert_same_bits, assert_same_run, lines, summary, weigh
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
-OPTIONS = [
-    "dataset_name=toy",
-    *SMALL,
-    "--micro_batch_tokens=300",
-    "--max_steps=6",
-    "--save_steps=3",
-    "--warmup_steps=2",
-]
+OPTIONS = [*SMALL, "--micro_batch_tokens=300", "--max_steps=6", "--save_steps=3", "--warmup_steps=2"]
 LORA = ["--use_peft", "--lora_target_modules=all-linear", "--lora_dropout=0", "--merge_adapter"]
 LATEST = "--resume_from_checkpoint=latest"
 
@@ -30,33 +24,35 @@ def zero_zygote():
     zygote.close()
 
 
-def interrupt(folder, copy):
-    """A copy of a run as it was after step 3."""
-    shutil.copytree(folder, copy)
-    (copy / "results.json").unlink()
-    shutil.rmtree(copy / "checkpoints" / "step-6")
-    return copy
-
-
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_trains_and_resumes_as_one_process(zero_zygote, zygote, tmp_path, pretrained, stage, lora):
-    options = [*OPTIONS, *(LORA if lora else []), f"--model_name_or_path={pretrained}"]
+@pytest.mark.parametrize("stage, more", [("1", []), ("2", LORA), ("3", []), ("3", LORA), ("2", ["--optim=sgd"])])
+def test_trains_and_resumes_as_one_process(zero_zygote, zygote, tmp_path, pretrained, stage, more):
+    options = [*OPTIONS, *more, f"--model_name_or_path={pretrained}"]
     env = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
     zygote.run(1, [*options, "--output_dir=one"], tmp_path)
     done = zero_zygote.run(2, [*options, "--output_dir=zero"], tmp_path, **env)
     assert "export checked: 16 sequences" in done.stderr
     assert_same_run(tmp_path / "one", tmp_path / "zero")
 
-    interrupt(tmp_path / "zero", tmp_path / "again")
+    shutil.copytree(tmp_path / "zero", tmp_path / "again")
+    (tmp_path / "again" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-6")
     zero_zygote.run(2, [*options, "--output_dir=again", LATEST], tmp_path, **env)
     assert_same_bits(tmp_path / "zero", tmp_path / "again")
-    interrupt(tmp_path / "zero", tmp_path / "to-one")
-    zygote.run(1, [*options, "--output_dir=to-one", LATEST], tmp_path)
-    assert_same_run(tmp_path / "one", tmp_path / "to-one")
-    interrupt(tmp_path / "one", tmp_path / "from-one")
-    zero_zygote.run(3, [*options, "--output_dir=from-one", LATEST], tmp_path, **env)
-    assert_same_run(tmp_path / "one", tmp_path / "from-one")
+
+
+def test_what_does_not_fit_its_checkpoint_is_rejected(zero_zygote, zygote, tmp_path):
+    options = [*OPTIONS, "--max_steps=3", "--output_dir=out"]
+    zero_zygote.run(2, options, tmp_path)
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-3"
+    names = json.loads((checkpoint / "manifest.json").read_text()).keys()
+    assert "state.json" in names and sum(name.startswith("deepspeed/") for name in names) >= 3
+    (tmp_path / "out" / "results.json").unlink()
+    for runs in (zero_zygote.start_many(3, [*options, LATEST], tmp_path), [zygote.start([*options, LATEST], tmp_path)]):
+        assert {run.wait() for run in runs} == {2}
+        assert "was written with 2 processes under DeepSpeed; resume it in the same way" in runs[0].stderr
+    next((checkpoint / "deepspeed").iterdir()).write_bytes(b"")
+    runs = zero_zygote.start_many(2, [*options, LATEST], tmp_path)
+    assert {run.wait() for run in runs} == {2} and "has another size than manifest.json states" in runs[0].stderr
 
 
 NAN = """
@@ -70,18 +66,14 @@ train_rm.pairwise_loss = nan_once
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_a_step_that_is_not_finite_is_left_out(zero_zygote, tmp_path, stage):
+def test_a_step_that_is_not_finite_is_skipped(zero_zygote, tmp_path, stage):
     options = [*OPTIONS, "--max_nonfinite_steps=1", "--save_steps=1", "--max_steps=2", "--output_dir=out"]
     zero_zygote.run(2, options, tmp_path, fault=NAN, ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)
     assert lines(tmp_path / "out", "optim/skipped_steps") == [1, 1]
-    from safetensors.torch import load_file
-
-    first, second = (load_file(tmp_path / f"out/checkpoints/step-{n}/optimizer.safetensors") for n in (1, 2))
-    assert not any(tensor.any() for name, tensor in first.items())
-    assert {int(tensor) for name, tensor in second.items() if name.endswith("/step")} == {1}
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
 
 
-def test_stage_0_is_refused(zero_zygote, tmp_path):
+def test_stage_0_is_rejected(zero_zygote, tmp_path):
     runs = zero_zygote.start_many(2, [*OPTIONS, "--output_dir=out"], tmp_path, ACCELERATE_DEEPSPEED_ZERO_STAGE="0")
     assert [run.wait() for run in runs] == [2, 2] and "zero_stage: 0 gives no gradient norm" in runs[0].stderr
 
@@ -97,8 +89,3 @@ def test_the_best_weights_are_saved(zero_zygote, zygote, tmp_path, stage):
     assert one["train/best_step"] == zero["train/best_step"] < one["train/steps"] == zero["train/steps"]
     for name, tensor in weights(tmp_path / "zero").items():
         torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], atol=1e-3, rtol=0)
-
-
-def test_other_optimizers_are_refused(zero_zygote, tmp_path):
-    runs = zero_zygote.start_many(2, [*OPTIONS, "--optim=sgd", "--output_dir=out"], tmp_path)
-    assert [run.wait() for run in runs] == [2, 2] and "optim=sgd: under DeepSpeed only AdamW" in runs[0].stderr

@@ -1,0 +1,233 @@
+"""`PreferenceData`: the usable prompts of one or several data sets, tokenized, on disk."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import xxhash
+from datasets import Dataset
+
+from rm.data.audit import fingerprint
+from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
+from rm.data.formats import Encoding, Example, read_row
+from rm.data.load import Source
+from rm.data.plan import Layout
+from rm.data.render import readable, split_prompt
+from rm.data.tokenize import Tree
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One of the data sets in `PreferenceData`: where its rows are from, and what became of them."""
+
+    source: Source
+    encoding: Encoding
+    audit: dict[str, int | float]
+    fingerprint: str
+    size: int  # prompts in `PreferenceData.dataset`
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """The usable prompts of one or several data sets, set after set.
+
+    Columns of `dataset`, one row per prompt with N answers and C comparisons: `id`, `subset` (None where the data have
+    none), `row` (in its source), `prefix_ids`, `answer_ids` (N lists), `prefix_length`, `answer_lengths` (tokens),
+    `answer` (N indices into the source's answers), `answer_hash` (N, of the whole sequences), `chosen`, `rejected` (C
+    answer indices), and the registered columns (C or N float32 values each).
+    """
+
+    dataset: Dataset
+    sets: dict[str, DataSet]
+    audit: dict[str, int | float]
+    fingerprint: str  # sha256 over tokens, comparisons and registered columns; the same on every machine
+    tokenizer: Any = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    # ------------------------------------------------------------ for the model
+
+    def costs(self, layout: Layout) -> np.ndarray:
+        """Tokens of every prompt in a batch of `layout`, int64 [n]."""
+        counts, lengths = ragged(self.dataset, "answer_lengths")
+        prefix, starts = flat(self.dataset, "prefix_length").astype(np.int64), np.cumsum(counts) - counts
+        if layout.name == "shared_prefix":
+            return prefix + np.add.reduceat(lengths.astype(np.int64), starts)
+        return counts * (prefix + np.maximum.reduceat(lengths.astype(np.int64), starts))
+
+    @cached_property
+    def num_answers(self) -> np.ndarray:
+        """N of every prompt, int64 [n]."""
+        return ragged(self.dataset, "answer_lengths")[0]
+
+    @cached_property
+    def _tokens(self) -> Dataset:
+        return self.dataset.with_format("arrow", columns=["prefix_ids", "answer_ids"])
+
+    @cached_property
+    def _labels(self) -> Dataset:
+        names = ["chosen", "rejected", *COMPARISON_COLUMNS, *ANSWER_COLUMNS]
+        return self.dataset.with_format("arrow", columns=names)
+
+    def trees(self, indices: Sequence[int]) -> list[Tree]:
+        """The token trees of these prompts."""
+        table = self._tokens[indices]
+        prefixes = [ids.values.to_numpy() for ids in table["prefix_ids"]]
+        answers = [[ids.values.to_numpy() for ids in row.values] for row in table["answer_ids"]]
+        return [Tree(prefix, branches) for prefix, branches in zip(prefixes, answers, strict=True)]
+
+    def labels(self, indices: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """C of each of these prompts, int64 [n]; and `chosen`, `rejected` and every registered column of all of them,
+        prompt by prompt."""
+        table = self._labels[indices]
+        columns = {name: values_of(table[name]) for name in table.column_names}
+        return columns["chosen"][0], {name: values for name, (_, values) in columns.items()}
+
+    # ------------------------------------------------------------ for people and for the evaluation table
+
+    @property
+    def are_several(self) -> bool:
+        return len(self.sets) > 1
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([part.size for part in self.sets.values()])
+
+    def set_of(self, i: int) -> str:
+        """The name of the set that prompt `i` is from."""
+        return list(self.sets)[int(np.searchsorted(self._ends, i, side="right"))]
+
+    def ids(self, indices: Sequence[int]) -> list[str]:
+        """The ids of these prompts, "SET/ID" where there are several sets."""
+        ids = self.dataset.select(indices)["id"][:]
+        return [f"{self.set_of(i)}/{n}" for i, n in zip(indices, ids, strict=True)] if self.are_several else ids
+
+    def first_of_each(self, count: int) -> np.ndarray:
+        """The first `count` prompts of each set; -1: all."""
+        starts = self._ends - [part.size for part in self.sets.values()]
+        ends = self._ends if count == -1 else np.minimum(self._ends, starts + count)
+        return np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+
+    def example(self, i: int) -> Example:
+        """Prompt `i` as the data give it; only the kept answers."""
+        row, part = self.dataset[int(i)], self.sets[self.set_of(i)]
+        example = read_row(part.source.dataset[row["row"]], part.encoding)
+        example.answers = [example.answers[n] for n in row["answer"]]
+        return example
+
+    def texts(self, i: int) -> dict[str, Any]:
+        """Prompt `i` for people: "prompt", and "answers" without the prompt (N texts)."""
+        example = self.example(i)
+        if example.kind == "tokens":
+            (tree,) = self.trees([int(i)])
+            prompt, *answers = map(self.tokenizer.decode, (tree.prefix, *tree.answers))
+        else:
+            prompt, answers = readable(example)
+        return {"prompt": prompt, "answers": answers}
+
+    def comparison_texts(self, row: int) -> dict[str, str]:
+        """Row `row` of `comparisons` for people: "prompt", "chosen", "rejected"."""
+        index, chosen, rejected = self.comparisons.iloc[row][["index", "chosen", "rejected"]].astype(int)
+        texts = self.texts(index)
+        answers = texts["answers"]
+        return {"prompt": texts["prompt"], "chosen": answers[chosen], "rejected": answers[rejected]}
+
+    def prompt_hashes(self) -> np.ndarray:
+        """int64 [n], equal for equal prompts, the same on every machine. Without a prompt of their own the prompt is
+        where the answers begin alike, so that one prompt may get several numbers."""
+        hashes = []
+        for i in range(len(self)):
+            example = self.example(i)
+            if example.kind == "tokens":
+                content = self.trees([i])[0].prefix.astype("<i4").tobytes()
+            else:
+                prompt, _ = split_prompt(example)
+                text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+                content = text.encode("utf-8", "backslashreplace")
+            hashes.append(xxhash.xxh64_intdigest(content))
+        return np.array(hashes, np.uint64).view(np.int64)
+
+    @cached_property
+    def comparisons(self) -> pd.DataFrame:
+        """One row per comparison: `index` (of the prompt), `chosen`, `rejected` (answer indices), the comparison
+        columns, `share` (1/C), `length_chosen`, `length_rejected`, `prefix_length` (tokens)."""
+        counts, chosen = ragged(self.dataset, "chosen")
+        index = np.repeat(np.arange(len(self)), counts)
+        frame = {"index": index, "chosen": chosen, "rejected": ragged(self.dataset, "rejected")[1]}
+        frame |= {name: ragged(self.dataset, name)[1].astype(np.float64) for name in COMPARISON_COLUMNS}
+        num_answers, lengths = ragged(self.dataset, "answer_lengths")
+        first, prefix = (np.cumsum(num_answers) - num_answers)[index], flat(self.dataset, "prefix_length")[index]
+        for side in ("chosen", "rejected"):
+            frame[f"length_{side}"] = (lengths[first + frame[side]] + prefix).astype(np.int32)
+        return pd.DataFrame(frame | {"prefix_length": prefix, "share": (1 / counts)[index]})
+
+
+def concatenate(parts: dict[str, PreferenceData], audit: dict, rows: list[np.ndarray] | None = None) -> PreferenceData:
+    """The prompts of several sets, set after set; of each only `rows`, which may repeat (None: all)."""
+    first = next(iter(parts.values()))
+    pieces = [part.dataset for part in parts.values()]
+    dataset = datasets.concatenate_datasets(pieces) if len(pieces) > 1 else pieces[0]
+    sizes = [len(piece) for piece in pieces]
+    if rows is not None:
+        starts = np.cumsum(sizes) - sizes
+        dataset = dataset.select(np.concatenate([start + r for start, r in zip(starts, rows, strict=True)]))
+        sizes = [len(r) for r in rows]
+    sets = {name: dataclasses.replace(part.sets[name], size=n)
+            for (name, part), n in zip(parts.items(), sizes, strict=True)}  # fmt: skip
+    if rows is not None:
+        digest = fingerprint(arrays_of(dataset))
+    elif len(parts) == 1:
+        digest = first.fingerprint
+    else:
+        named = json.dumps([[name, part.fingerprint] for name, part in parts.items()])
+        digest = hashlib.sha256(named.encode()).hexdigest()
+    return PreferenceData(dataset, sets, audit, digest, first.tokenizer)
+
+
+# ---------------------------------------------------------------- columns as arrays
+
+
+def flat(dataset: Dataset, name: str) -> np.ndarray:
+    """A whole column of numbers, [n]."""
+    column = dataset.data.column(name)
+    return (column if dataset._indices is None else column.take(dataset._indices.column(0))).to_numpy()
+
+
+def ragged(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A whole column of lists of numbers: the length of every list, int64 [n], and all values one after the other."""
+    column = dataset.data.column(name)
+    return values_of(column if dataset._indices is None else column.take(dataset._indices.column(0)))
+
+
+def values_of(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The length of every list in an Arrow column, int64 [n], and all values one after the other."""
+    array = column.combine_chunks()
+    array = array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
+    return array.value_lengths().to_numpy().astype(np.int64), array.flatten().to_numpy()
+
+
+def arrays_of(dataset: Dataset) -> dict[str, np.ndarray]:
+    """What the audit and the fingerprint are made of: flat arrays over rows, answers and comparisons."""
+    counts, hashes = ragged(dataset, "answer_hash")
+    num_comparisons, chosen = ragged(dataset, "chosen")
+    first = np.repeat(np.cumsum(counts) - counts, num_comparisons)
+    rejected = ragged(dataset, "rejected")[1]
+    prefix = flat(dataset, "prefix_length")
+    arrays = {"hash_chosen": hashes[first + chosen], "hash_rejected": hashes[first + rejected]}
+    arrays |= {name: ragged(dataset, name)[1] for name in (*COMPARISON_COLUMNS, *ANSWER_COLUMNS)}
+    arrays |= {
+        "num_answers": counts,
+        "num_comparisons": num_comparisons,
+        "prefix_length": prefix,
+        "truncated": flat(dataset, "truncated"),
+    }
+    return arrays | {"length": ragged(dataset, "answer_lengths")[1] + np.repeat(prefix, counts)}

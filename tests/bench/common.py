@@ -1,0 +1,42 @@
+"""What the benchmarks need of this project: options, tokenized pairs, and their token ids in the form of TRL."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np  # noqa: E402
+
+from rm.config.options import RewardConfig  # noqa: E402
+from rm.data.cache import tokenize_source  # noqa: E402
+from rm.data.dataset import PreferenceData  # noqa: E402
+from rm.data.formats import detect_format  # noqa: E402
+from rm.data.load import load_source  # noqa: E402
+
+
+def make_config(args: argparse.Namespace, **options) -> RewardConfig:
+    names = ("micro_batch_tokens", "max_length")
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)} | options
+    return RewardConfig(model_name_or_path=args.model, dataset_name=args.data, **options)
+
+
+def tokenize(path: str, tokenizer, config: RewardConfig) -> PreferenceData:
+    """The usable pairs of one file, with no part held out."""
+    source = load_source(path, split="train")
+    encoding = detect_format(source, config, tokenizer)
+    return tokenize_source(source, "train", tokenizer, encoding, config.dataset_num_proc)
+
+
+def pair_ids(data: PreferenceData) -> list[dict[str, list[int]]]:
+    """Chosen and rejected token ids of every pair, as `RewardTrainer` takes them."""
+    compared, rows = data.comparisons[["chosen", "rejected"]].to_numpy(int), []
+    for tree, sides in zip(data.trees(range(len(data))), compared, strict=True):
+        chosen, rejected = (tree.sequences()[side].tolist() for side in sides)
+        rows.append({"chosen_ids": chosen, "rejected_ids": rejected})
+    return rows
+
+
+def pair_lengths(data: PreferenceData) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the chosen and of the rejected sequences, int64 [n] each."""
+    return tuple(data.comparisons[f"length_{side}"].to_numpy(np.int64) for side in ("chosen", "rejected"))

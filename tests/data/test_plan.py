@@ -1,0 +1,102 @@
+"""The step plan: every prompt once an epoch, the same steps on any hardware, balanced and within the token budget."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from examples import preference_data
+
+from rm.data.plan import Layout, StepPlan, balance, pack_rows, plan_micro_batches, split_micro_batches
+
+PACKED, PADDED = Layout("shared_prefix", 0), Layout("concatenated", 0)
+RNG = np.random.default_rng(0)
+PREFIX, ANSWERS = RNG.integers(0, 300, 103), RNG.integers(1, 90, (103, 2))  # tokens of 103 pairs
+COSTS = {PACKED: PREFIX + ANSWERS.sum(1), PADDED: 2 * (PREFIX + ANSWERS.max(1))}
+both_layouts = pytest.mark.parametrize("layout", [PACKED, PADDED], ids=lambda layout: layout.name)
+
+
+class Data:
+    costs = COSTS.__getitem__
+
+    def __len__(self) -> int:
+        return 103
+
+
+def make_plan(layout=PACKED, micro_batch_tokens=1024, rank=0, world=1, seed=3) -> StepPlan:
+    config = SimpleNamespace(micro_batch_tokens=micro_batch_tokens, seed=seed)
+    return StepPlan(Data(), layout, config, 16, rank, world)
+
+
+def widths(layout: Layout, tokens: int) -> list[list[int]]:
+    """Tokens of every row of every micro-batch of all prompts."""
+    (plan,) = plan_micro_batches(np.arange(103), COSTS[Layout(layout.name, 0)], layout, tokens)
+    return [[int(COSTS[Layout(layout.name, 0)][row].sum()) for row in micro_batch.rows] for micro_batch in plan]
+
+
+def test_costs_by_hand():
+    """A pair, three answers, and one answer."""
+    data = preference_data([[[1, 2, 3, 4], [1, 2, 5]], [[1, 2, 3], [1, 4], [1, 5, 6, 7]], [[1, 2, 3]]])
+    assert data.costs(PACKED).tolist() == [2 + 2 + 1, 1 + 2 + 1 + 3, 3]
+    assert data.costs(PADDED).tolist() == [2 * 4, 3 * 4, 3] and data.num_answers.tolist() == [2, 3, 1]
+
+
+def test_balance_pack_and_split_by_hand():
+    assert balance([5, 4, 3, 3, 1], 2) == [[0, 3], [1, 2, 4]]
+    assert sorted(map(sorted, pack_rows([60, 50, 40, 30, 20], 100))) == [[0], [1, 4], [2, 3]]
+    assert sorted(map(sorted, pack_rows([60, 50, 40, 30, 10], 100))) == [[0, 3, 4], [1, 2]]
+    assert pack_rows([200, 50, 50], 100) == [[0], [1, 2]]  # a prompt longer than a row makes the rows longer
+    assert pack_rows([], 100) == []
+    assert split_micro_batches([["a"], ["b"], ["c"], ["d"]], [10, 40, 30, 20], 80) == [[["b"], ["c"]], [["d"], ["a"]]]
+
+
+@both_layouts
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("budget", [1, 700, 4096, 10**6])
+def test_each_prompt_once_an_epoch(layout, world, budget):
+    plans, seen = [make_plan(layout, budget, rank, world) for rank in range(world)], []
+    for step in range(7):
+        shares = [plan.step(step) for plan in plans]
+        assert len({len(share) for share, _ in shares}) == 1  # the same number of forward passes on every process
+        prompts = [i for share, _ in shares for mb in share if not mb.is_dummy for i in mb.prompts]
+        assert {count for _, count in shares} == {len(prompts)} and set(prompts) == set(make_plan().prompts(step))
+        seen += prompts
+    assert sorted(seen) == list(range(103))
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    plan = make_plan()
+    assert plan.prompts(2).tolist() == make_plan(PADDED, 700, world=2, rank=1).prompts(2).tolist()
+    assert plan.prompts(2).tolist() != make_plan(seed=4).prompts(2).tolist()
+    assert plan.prompts(0).tolist() != plan.prompts(7).tolist()
+    assert len(plan.prompts(6)) == 103 - 6 * 16  # the rest
+    assert (plan.steps_per_epoch, plan.total_steps(3), plan.total_steps(0.5), plan.total_steps(3, 5)) == (7, 21, 4, 5)
+
+
+@both_layouts
+def test_micro_batches_keep_the_token_budget(layout):
+    padded = [len(rows) * max(rows) for rows in widths(layout, 2048)]
+    assert max(padded) <= 2048 and sum(padded) <= 1.1 * COSTS[layout].sum()  # little padding
+
+
+def test_attention_by_tree_gets_one_long_row():
+    rows = [width for (width,) in widths(Layout("shared_prefix", 0, by_tree=True), 2048)]
+    assert max(rows) <= 2048 and min(rows) > 1500 and sum(rows) == COSTS[PACKED].sum()
+    assert max(map(max, widths(PACKED, 2048))) <= max(256, COSTS[PACKED].max())
+
+
+def test_processes_get_balanced_tokens_and_dummies():
+    costs = COSTS[PACKED]
+    plans = plan_micro_batches(np.arange(103), costs, PACKED, 4096, num_processes=3)
+    loads = [sum(costs[mb.prompts].sum() for mb in plan if not mb.is_dummy) for plan in plans]
+    assert max(loads) - min(loads) <= costs.max() and max(loads) <= 1.05 * min(loads)
+    few = plan_micro_batches(np.array([7, 8]), np.array([30, 20]), PADDED, 100, num_processes=3)
+    found = [(mb.rows, mb.is_dummy) for plan in few for mb in plan]
+    assert found == [([[7]], False), ([[8]], False), ([[8]], True)]
+
+
+def test_micro_batches_are_halved_until_the_longest_prompt_runs_alone():
+    plan = make_plan(micro_batch_tokens=4096)
+    longest, budgets = plan.costs[plan.prompts(2)].max(), []
+    while plan.halve_micro_batches(2):
+        budgets.append(plan.micro_batch_tokens)
+    assert budgets[:2] == [2048, 1024] and budgets[-1] <= longest < 2 * budgets[-1] + 2
