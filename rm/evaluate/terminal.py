@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -20,7 +20,7 @@ FINAL = (  # rows of the table at the end of a run
 ).split()
 
 
-def evaluation_line(step: int, metrics: Mapping[str, float], best: tuple[str, float, int] | None = None) -> str:
+def evaluation_line(step: int, metrics: Mapping[str, float], best: Sequence[Any] | None = None) -> str:
     """Accuracy and loss after an evaluation; `best`: name, value and step of the best evaluation so far."""
     accuracy, low, high = (metrics[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
     line = f"step {step}: held-out accuracy {accuracy:.3f} (95% interval {low:.2f} to {high:.2f})"

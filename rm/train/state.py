@@ -114,29 +114,28 @@ class BestEvaluation:
         self.step: int | None = None
         self.metrics: dict[str, float] = {}
         self.evaluations_waited = 0
+        self.summary: list[Any] | None = None  # metric (or accuracy), its best value, and after which step; to be shown
 
     def update(self, step: int, metrics: dict[str, float]) -> bool:
         """Compare the evaluation after `step`; returns whether it is the best so far. NaN never is."""
+        name = self.metric or "eval/accuracy"
+        sign = 1 if self.greater_is_better or self.metric is None else -1
+        gain = sign * metrics[name] - (sign * self.summary[1] if self.summary else -math.inf)
+        if gain > 0:  # False for NaN
+            self.summary = [name, metrics[name], step]
         if self.metric is None:
             return False
-        sign = 1 if self.greater_is_better else -1
-        gain = sign * metrics[self.metric] - sign * self.metrics.get(self.metric, -sign * math.inf)
         self.evaluations_waited = 0 if gain > self.threshold else self.evaluations_waited + 1
-        if gain > 0:  # False for NaN
+        if gain > 0:
             self.step, self.metrics = step, dict(metrics)
         return gain > 0
-
-    @property
-    def summary(self) -> tuple[str, float, int] | None:
-        """(metric, value, step) of the best evaluation; None if there is none."""
-        return None if self.step is None else (self.metric, self.metrics[self.metric], self.step)
 
     @property
     def patience_is_over(self) -> bool:
         return self.patience is not None and self.evaluations_waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "metrics": self.metrics, "evaluations_waited": self.evaluations_waited}
+        return {name: vars(self)[name] for name in ("step", "metrics", "evaluations_waited", "summary")}
 
 
 class TrainState:

@@ -66,8 +66,10 @@ def test_state(feed, best_by):
 
 
 def test_without_a_metric(best_by):
+    """No evaluation is the best one, but the highest accuracy is shown."""
     best = best_by(metric_for_best_model=None)
-    assert not best.update(1, {"eval/loss": 0.1}) and best.step is None and not best.patience_is_over
+    assert not any(best.update(step, {"eval/accuracy": value}) for step, value in ((1, 0.5), (2, 0.7), (3, 0.6)))
+    assert best.summary == ["eval/accuracy", 0.7, 2] and best.step is None and not best.patience_is_over
 
 
 def test_what_has_no_direction_needs_one(best_by):
