@@ -212,6 +212,27 @@ def train(tmp_path, monkeypatch, capsys, request):
     return run
 
 
+@pytest.fixture
+def ends(tmp_path, monkeypatch, capsys, caplog):
+    """ends(*options) → (exit code, last line on stderr, log) of a run in the folder `run`, in this process."""
+    from runs import merged, reset_accelerate
+
+    import train_rm
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rm.train.finish.write_report", lambda folder: (folder / "report.html").write_text("-"))
+    monkeypatch.setattr("rm.train.processes.StopSignal.listen", lambda self: None)
+
+    def run(*options: str) -> tuple[int, str, str]:
+        reset_accelerate()
+        caplog.clear()
+        monkeypatch.setattr("sys.argv", ["train_rm.py", *merged(["--output_dir=run", *options])])
+        code = train_rm.run()
+        return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1], caplog.text
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def same_log_level():
     """The program sets the level of the root logger; the next test starts with the one before."""

@@ -114,8 +114,10 @@ def _mix(parts: dict[str, PreferenceData], config: Any) -> PreferenceData:
 
 
 def draw(num_prompts: int, weight: float, seed: list[int]) -> np.ndarray:
-    """Which of `num_prompts` prompts are in an epoch, sorted, int64: all, once for each whole one in `weight`, and a
-    random share for its fraction, the same in every epoch. 1: each once; 0.5: half of them; 1.5: once, and half again.
+    """The indices of the prompts in an epoch, sorted, int64; the same in every epoch.
+
+    `weight` is how often each prompt is drawn on average. Its whole part repeats all prompts; its fraction draws a
+    random share of them once. 1: each prompt once; 0.5: half of them; 1.5: each once, and half of them a second time.
     """
     whole, fraction = divmod(weight, 1)
     share = np.random.default_rng([*seed, 0]).permutation(num_prompts)[: round(fraction * num_prompts)]

@@ -126,7 +126,7 @@ def how_it_went(run: Run) -> str:
     pairs = spelled(final.get("eval/pairs", math.nan))
     sentence = f"Held-out accuracy is {accuracy:.3f} ({interval}{pairs} pairs) {after}"
     if "eval/longer_answer_baseline_accuracy" in final:
-        sentence += f"; the longer answer wins in {final['eval/longer_answer_baseline_accuracy']:.2f}"
+        sentence += f"; preferring the longer answer gives {final['eval/longer_answer_baseline_accuracy']:.3f}"
     if "eval/accuracy_ceiling" in final:
         sentence += f"; the best possible is {final['eval/accuracy_ceiling']:.3f}"
     return sentence + "."

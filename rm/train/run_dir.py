@@ -78,7 +78,7 @@ class Run:
     # ---------------------------------------------------------------------------------------------- open
 
     def open(self) -> dict[str, Any]:
-        """The attributes that all processes share. For the main process."""
+        """Lock the folder and find where training starts; returns what all processes share. Main process only."""
         try:
             self._make_folder()
             self._check_model()
@@ -117,7 +117,7 @@ class Run:
                 raise InputError(f"output_dir={self.folder} would replace '{model}', which the run begins with")
 
     def _check_files(self) -> None:
-        """Read which files belong to a run. Raises `InputError` for a run that may not be replaced, and other files."""
+        """Read which files belong to a run. Raises `InputError` if the run may not be replaced, or for other files."""
         names = self._files()
         if (self.folder / RECORD).is_file():
             lines = (self.folder / RECORD).read_text(encoding="utf-8").splitlines()

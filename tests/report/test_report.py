@@ -175,8 +175,8 @@ def test_what_is_shown_is_in_the_files(tmp_path):
     page = Page(report_html([folder]))
     margin = (pairs.reward_chosen - pairs.reward_rejected).to_numpy()
     p = f"{(margin > 0).mean():.3f}"
-    sentence = f"Held-out accuracy is {p} (95% interval 0.60 to 0.80, 24 pairs) after 20 steps; the longer answer wins "
-    assert sentence + "in 0.52; the best possible is 0.855." in page.text
+    sentence = f"Held-out accuracy is {p} (95% interval 0.60 to 0.80, 24 pairs) after 20 steps; preferring the "
+    assert sentence + "longer answer gives 0.520; the best possible is 0.855." in page.text
     assert page.row("eval/margin")[1:3] == [f"{margin.mean():.4f}", "0.5000 to 0.6250"]
     assert f"24 pairs: {(margin > 0).sum()} right, {(margin < 0).sum()} wrong, 0 ties." in page.text
     assert "rank correlation 0.25, 95% interval 0.10 to 0.40 (eval/reward_length_spearman)" in page.text

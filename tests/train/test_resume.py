@@ -9,10 +9,9 @@ import time
 
 import pytest
 import torch
-from runs import SMALL, assert_same_bits, assert_same_run, lines, merged, mixture, record, reset_accelerate, summary
+from runs import SMALL, assert_same_bits, assert_same_run, lines, mixture, record, summary
 from safetensors.torch import load_file, save_file
 
-import train_rm
 from rm.config import files, folders
 
 # epochs of 5 steps; a step is several micro-batches; nothing that is periodic falls together
@@ -86,20 +85,9 @@ def interrupted(finished, tmp_path):
 
 
 @pytest.fixture
-def resume(tmp_path, monkeypatch, capsys, caplog):
-    """resume(*options) → (exit code, last line on stderr, log) of a run in this process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rm.train.finish.write_report", lambda folder: (folder / "report.html").write_text("-"))
-    monkeypatch.setattr("rm.train.processes.StopSignal.listen", lambda self: None)
-
-    def run(*options: str) -> tuple[int, str, str]:
-        reset_accelerate()
-        caplog.clear()
-        monkeypatch.setattr("sys.argv", ["train_rm.py", *merged([*RUN, "--output_dir=run", LATEST, *options])])
-        code = train_rm.run()
-        return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1], caplog.text
-
-    return run
+def resume(ends):
+    """resume(*options): `ends` with RUN and LATEST."""
+    return lambda *options: ends(*RUN, LATEST, *options)
 
 
 def steps_in(folder) -> list[str]:

@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from runs import SMALL, assert_same_bits, merged, record, reset_accelerate, wait_until, weights
+from runs import SMALL, assert_same_bits, record, wait_until, weights
 
 import train_rm
 from rm.config import folders
@@ -25,20 +25,9 @@ def finished(zygote, tmp_path_factory):
 
 
 @pytest.fixture
-def again(tmp_path, monkeypatch, capsys, caplog):
-    """again(*options) → (exit code, last line on stderr, log) of a run in `run`, in this process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rm.train.finish.write_report", lambda folder: (folder / "report.html").write_text("-"))
-    monkeypatch.setattr("rm.train.processes.StopSignal.listen", lambda self: None)
-
-    def run(*options: str) -> tuple[int, str, str]:
-        reset_accelerate()
-        caplog.clear()
-        monkeypatch.setattr("sys.argv", ["train_rm.py", *merged([*RUN, "--output_dir=run", *options])])
-        code = train_rm.run()
-        return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1], caplog.text
-
-    return run
+def again(ends):
+    """again(*options): `ends` with RUN."""
+    return lambda *options: ends(*RUN, *options)
 
 
 def contents(folder) -> dict:
