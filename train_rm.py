@@ -33,32 +33,26 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from rm.collate import collate
 from rm.config.errors import RunError
 from rm.config.files import GO_ON, DiskError
+from rm.config.options import FOLLOW_EVALUATIONS
 from rm.config.redact import redact_arguments, safe_line
 from rm.data.audit import audit_table, data_report
 from rm.data.dataset import PreferenceData
 from rm.data.mixture import load_data
 from rm.data.plan import StepPlan
-from rm.evaluate.evaluator import Evaluator
-from rm.evaluate.terminal import evaluation_line
+from rm.evaluate.evaluator import Evaluator, evaluation_line
 from rm.forward import choose_layout, concatenated_forward
-from rm.log.terminal import print_safely
-from rm.log.trackers import RunLog, run_and_exit
+from rm.log.trackers import RunLog, print_safely, run_and_exit
 from rm.loss import pairwise_loss
-from rm.model.load import load_model_config, load_reward_model, load_tokenizer
-from rm.model.precision import is_half_precision
-from rm.model.reward_model import check_positions
+from rm.model.load import check_positions, load_reward_model, load_tokenizer
+from rm.model.reward_model import is_half_precision
 from rm.train.checkpoint import Checkpoints
 from rm.train.finish import complete_run, finish_run
-from rm.train.oom import GradientAccumulation
-from rm.train.optimizer import STEPPED_BY_EVALUATION, make_optimizer, make_scheduler
-from rm.train.processes import Stopped, StopSignal, any_process, seed_everything
-from rm.train.run_dir import open_run
-from rm.train.setup import make_accelerator
+from rm.train.optimizer import make_optimizer, make_scheduler
+from rm.train.processes import GradientAccumulation, Stopped, StopSignal, any_process, make_accelerator, seed_everything
+from rm.train.run_dir import Run
 from rm.train.state import BestEvaluation, TrainState
 
 logger = logging.getLogger("train_rm")
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main(argv: list[str]) -> dict:
@@ -66,7 +60,7 @@ def main(argv: list[str]) -> dict:
     # ------------------------------------------------------------------------------ options, run directory
     config, stop = parse_config(argv), StopSignal()
     accelerator = make_accelerator(config)  # rejects what this launcher, engine or device does not support
-    run = open_run(config, accelerator)  # collective: locks the directory, finds the checkpoint to resume from
+    run = Run(config, accelerator)  # collective: locks the directory, finds the checkpoint to resume from
     if run.results is not None:  # training is done: only what describes the run may be missing
         return complete_run(run, accelerator)  # collective
     seed_everything(config.seed, 0, accelerator.process_index)
@@ -77,8 +71,8 @@ def main(argv: list[str]) -> dict:
         train_set, eval_set = load_data(tokenizer, config)
     if accelerator.is_main_process:
         print_safely(audit_table(train_set, eval_set))
-    check_positions(load_model_config(config), max(train_set.audit["max_tokens"], eval_set.audit["max_tokens"]))
     best = BestEvaluation(config, eval_set)  # rejects a metric that the evaluation does not have
+    check_positions(config, max(train_set.audit["max_tokens"], eval_set.audit["max_tokens"]))
     model = load_reward_model(tokenizer, config)
     run.check_content(model, train_set, eval_set)  # collective: a resumed run has the same data and base model
     optimizer = make_optimizer(model, config)
@@ -100,7 +94,7 @@ def main(argv: list[str]) -> dict:
     logging_steps = in_steps(config.logging_steps, total_steps)
     eval_steps, save_steps = (in_steps(every, total_steps) for every in (config.eval_steps, config.save_steps))
     scheduler = make_scheduler(optimizer, total_steps, config, best.greater_is_better)
-    follows_metric = config.lr_scheduler_type in STEPPED_BY_EVALUATION
+    follows_metric = config.lr_scheduler_type in FOLLOW_EVALUATIONS
     state = TrainState(config, accelerator, plan, scheduler, best)
     checkpoints = Checkpoints(run, accelerator, model, optimizer, state)
     checkpoints.resume()  # collective
@@ -111,8 +105,7 @@ def main(argv: list[str]) -> dict:
 
     # ------------------------------------------------------------------------------ training
     accumulation = GradientAccumulation(accelerator, model, plan, state.meter, config.auto_find_batch_size)
-    if accelerator.num_processes > 1:
-        accumulation.settle_buckets(collate(train_set, plan.step(0)[0][-1], layout))  # collective
+    accumulation.settle_buckets(collate(train_set, plan.step(0)[0][-1], layout))  # collective
     is_shown = accelerator.is_main_process and sys.stderr.isatty()
     bar = tqdm(total=total_steps, initial=state.step, unit="step", **({} if is_shown else {"disable": True}))
     model.train()
@@ -124,7 +117,7 @@ def main(argv: list[str]) -> dict:
         step_started = time.perf_counter()
         micro_batches, num_prompts = plan.step(state.step)  # of this process; prompts of all processes
         seed_everything(config.seed, state.step, accelerator.process_index)
-        with accumulation.attempt():
+        with accumulation.attempt(state.step):
             for i, micro_batch in enumerate(micro_batches):
                 batch = collate(train_set, micro_batch, layout).to(accelerator.device)
                 with accumulation.sync_on_last(i, len(micro_batches)):
@@ -137,13 +130,13 @@ def main(argv: list[str]) -> dict:
                     # the same gradient however the step is split (x processes, since DDP and FSDP average over them)
                     accelerator.backward((loss_C * batch.share_C).sum() * accelerator.num_processes / num_prompts)
                 state.meter.update(loss_C, chosen_C, rejected_C, batch)
-        if accumulation.must_repeat(state.step):  # out of memory: the same step in smaller micro-batches
+        if accumulation.ran_out:  # of memory: the same step in smaller micro-batches
             continue
 
         # -------------------------------------------------------------- clip and step
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # collective
         grad_norm = float(grad_norm)  # syncs the device
-        is_finite = math.isfinite(grad_norm) and state.meter.is_finite()
+        is_finite = math.isfinite(grad_norm) and bool(state.meter.sums.isfinite().all())
         stopping, is_skipped = any_process(accelerator, stop.received, not is_finite)  # collective: all do the same
         if is_skipped:
             state.skip_step(name_nonfinite(grad_norm, evaluator, train_set, plan.prompts(state.step)))  # collective
@@ -196,7 +189,7 @@ def main(argv: list[str]) -> dict:
         logger.info(f"stopped early after step {state.step} of {total_steps}: {waited}")
     if config.load_best_model_at_end:
         checkpoints.load_best()  # collective
-    finish_run(run, evaluator, state, train_set, tokenizer)  # collective: the final model and results.json
+    finish_run(run, evaluator, state, train_set)  # collective: the final model and results.json
     summary = complete_run(run, accelerator)  # collective: model card, report, export check, hub
     stop.restore()
     return summary
@@ -223,49 +216,40 @@ def show_means(means: dict[str, float], step: int, bar: tqdm) -> None:
         logger.info(f"step {step}/{bar.total}: {text}")
 
 
-def print_last(message: str) -> None:
-    """Print to stderr, below the progress bar that an error has left half drawn."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
-    print(safe_line(message), file=sys.stderr, flush=True)
-
-
-def end_by(number: int) -> int:
-    """End this process by a signal: its launcher then sees 128 + number, and a sweep agent no failure."""
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    return 128 + number
-
-
 def run() -> int:
     """`main` with its errors as one line on stderr and an exit code: 2 wrong input, 3 numbers that are not finite, 143
     stopped by a signal after a checkpoint, 130 interrupted before the first step, 1 anything else."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     transformers.logging.set_verbosity_error()  # its report on a new head is one line of ours
     transformers.logging.disable_progress_bar()
-    argv = sys.argv[1:]
+    argv, code = sys.argv[1:], 1
     sys.argv[1:] = redact_arguments(argv)  # which results.json and W&B record
     try:
         with logging_redirect_tqdm():
             main(argv)
         return 0
     except KeyboardInterrupt:
-        print_last("interrupted; nothing had to be saved")
-        return end_by(signal.SIGINT)
+        message, code = "interrupted; nothing had to be saved", -signal.SIGINT
+    except Stopped as error:
+        message, code = str(error), -signal.SIGTERM
     except RunError as error:
-        print_last(str(error) if isinstance(error, Stopped) else f"error: {error}")
-        return end_by(signal.SIGTERM) if isinstance(error, Stopped) else error.exit_code
+        message, code = f"error: {error}", error.exit_code
     except OSError as error:
-        if not isinstance(error, DiskError) and error.errno not in FULL_DISK:
+        if not (isinstance(error, DiskError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)):
             raise
-        print_last(f"error: {error.filename or 'a file of the run'} cannot be written ({error.strerror}); {GO_ON}")
-        return 1
+        message = f"error: {error.filename or 'a file of the run'} cannot be written ({error.strerror}); {GO_ON}"
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
         fix = "set a smaller micro_batch_tokens (it changes no result), or auto_find_batch_size=true"
-        print_last(f"error: out of memory; {fix} ({str(error).splitlines()[0][:200]})")
-        return 1
+        message = f"error: out of memory; {fix} ({str(error).splitlines()[0][:200]})"
+    for bar in list(getattr(tqdm, "_instances", ())):  # which the error has left half drawn
+        bar.close()
+    print(safe_line(message), file=sys.stderr, flush=True)
+    if code < 0:  # end by the signal: a launcher then sees 128 + its number, and a sweep agent no failure
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
 
 
 if __name__ == "__main__":

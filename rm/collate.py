@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rm.data.dataset import PreferenceData
 from rm.data.plan import Layout, MicroBatch
@@ -93,49 +94,39 @@ def collate_trees(trees: Sequence[Tree], micro_batch: MicroBatch, layout: Layout
 
 def _concatenate(trees: Sequence[Tree], pad_token_id: int) -> Batch:
     """Every sequence in a row of its own, padded on the right: all first answers, then all second ones, and so on."""
-    sequences = [sequence for tree in trees for sequence in tree.sequences()]
-    answer = [n for tree in trees for n in range(len(tree.answers))]
-    order = sorted(range(len(sequences)), key=lambda n: answer[n])  # stable: chosen rows first, then rejected rows
-    input_ids = np.full((len(sequences), max(map(len, sequences))), pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    end_row = np.empty(len(sequences), dtype=np.int64)
-    for row, n in enumerate(order):
-        input_ids[row, : len(sequences[n])] = sequences[n]
-        attention_mask[row, : len(sequences[n])] = 1
-        end_row[n] = row
+    sequences = [torch.from_numpy(ids).long() for tree in trees for ids in tree.sequences()]
+    order = np.argsort([n for tree in trees for n in range(len(tree.answers))], kind="stable")
+    input_ids_RL = pad_sequence([sequences[n] for n in order], batch_first=True, padding_value=pad_token_id)
+    length_N = torch.tensor([len(ids) for ids in sequences])
     return Batch(
-        input_ids_RL=torch.from_numpy(input_ids),
-        attention_mask_RL=torch.from_numpy(attention_mask),
-        end_row_N=torch.from_numpy(end_row),
-        end_index_N=torch.tensor([len(sequence) - 1 for sequence in sequences]),
+        input_ids_RL=input_ids_RL,
+        attention_mask_RL=(torch.arange(input_ids_RL.shape[1]) < length_N[order, None]).long(),
+        end_row_N=torch.from_numpy(np.argsort(order)),  # the inverse permutation
+        end_index_N=length_N - 1,
     )
 
 
 def _pack(rows: Sequence[Sequence[Tree]], pad_token_id: int) -> Batch:
     """Each row's trees one after the other, padded on the right to the longest row."""
     shape = (len(rows), max(sum(map(len, row)) for row in rows))
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    tree_ids = np.full(shape, -1, dtype=np.int64)
+    input_ids, tree_ids = np.full(shape, pad_token_id), np.full(shape, -1)
     branch_ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    end_row, end_index = [], []
+    ends = []
     for r, row in enumerate(rows):
-        start = 0
+        stop = 0
         for t, tree in enumerate(row):
-            tree_ids[r, start : start + len(tree)] = t
             for b, tokens in enumerate((tree.prefix, *tree.answers)):
-                stop = start + len(tokens)
-                input_ids[r, start:stop] = tokens
-                branch_ids[r, start:stop] = b
-                offset = len(tree.prefix) if b else 0
-                positions[r, start:stop] = np.arange(offset, offset + len(tokens))
+                start, stop = stop, stop + len(tokens)
+                piece, offset = (r, slice(start, stop)), len(tree.prefix) if b else 0
+                input_ids[piece], tree_ids[piece], branch_ids[piece] = tokens, t, b
+                positions[piece] = np.arange(offset, offset + len(tokens))
                 if b:
-                    end_row.append(r)
-                    end_index.append(stop - 1)
-                start = stop
+                    ends.append((r, stop - 1))
+    end_row_N, end_index_N = torch.tensor(ends).unbind(1)
     return Batch(
         input_ids_RL=torch.from_numpy(input_ids),
-        end_row_N=torch.tensor(end_row),
-        end_index_N=torch.tensor(end_index),
+        end_row_N=end_row_N,
+        end_index_N=end_index_N,
         tree_RL=torch.from_numpy(tree_ids),
         branch_RL=torch.from_numpy(branch_ids),
         position_RL=torch.from_numpy(positions),

@@ -5,9 +5,7 @@ Shape suffixes: N answers, C comparisons, K outputs of the head, R rows, L token
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from rm.collate import Batch, collate_trees
 from rm.config.errors import InputError
 from rm.data.plan import Layout, MicroBatch
-from rm.model.attention import TreesNotPassed, attends_by_tree, attention_mask, mask_problem
+from rm.model.attention import SDPA_BY_TREE, attention_mask, packing_problem
 from rm.model.reward_model import unwrapped
 
 NUM_VERIFIED = 4  # prompts on which the layout is verified
@@ -39,7 +37,7 @@ def forward_batch(model: nn.Module, batch: Batch) -> Tensor:
     """All outputs of the head at the end of every sequence, float32 [N, K]."""
     reward_model = unwrapped(model)
     packed = {"position_ids": batch.position_RL} if batch.is_packed else {}
-    if attends_by_tree(model) and batch.tree_lengths:
+    if reward_model.config._attn_implementation == SDPA_BY_TREE and batch.tree_lengths:
         packed["tree_lengths"] = batch.tree_lengths
     return model(
         input_ids=batch.input_ids_RL,
@@ -94,63 +92,37 @@ def choose_layout(name: str, model: nn.Module, data: Any, pad_token_id: int, tol
     padded = Layout("concatenated", pad_token_id)
     if name == "concatenated":
         return padded
-    problem = _unsupported(model)
+    problem = packing_problem(model)
     if not problem:
-        packed = Layout("shared_prefix", pad_token_id, attends_by_tree(model))
-        try:
-            problem, difference = _compare_layouts(packed, padded, model, data, tolerance)
-        except TreesNotPassed as error:
-            problem, difference = str(error), math.inf
-        if problem and packed.by_tree:
-            unwrapped(unwrapped(model).classifier).set_attn_implementation("sdpa")
-            packed = replace(packed, by_tree=False)
-            problem, difference = _compare_layouts(packed, padded, model, data, tolerance)
+        packed = Layout("shared_prefix", pad_token_id, unwrapped(model).config._attn_implementation == SDPA_BY_TREE)
+        problem, agreement = _compare_layouts(packed, padded, model, data, tolerance)
         if dist.is_initialized():  # all or none
             problem = next(filter(None, gather_object([problem])), "")  # collective
         if not problem:
-            count = min(NUM_VERIFIED, len(data))
-            return replace(packed, reason=f"verified: rewards of {count} prompts agree to {difference:.1g}")
+            return replace(packed, reason=agreement)
     if name == "shared_prefix":
         raise InputError(f"layout=shared_prefix: {problem}; use layout=auto or concatenated")
     return replace(padded, reason=problem)
 
 
-def _unsupported(model: nn.Module) -> str:
-    """Why a model does not support packed rows; empty: it may."""
-    reward_model = unwrapped(model)
-    if not reward_model.is_causal:
-        return "the model is an encoder: every token sees the whole sequence"
-    backbone = unwrapped(reward_model.classifier).base_model
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
-        return f"{type(backbone).__name__} takes no position_ids"
-    return mask_problem(reward_model.config)
-
-
 @torch.compiler.set_stance("force_eager")  # a result for the layers is valid for compiled layers too
 @torch.no_grad()
-def _compare_layouts(
-    packed: Layout, padded: Layout, model: nn.Module, data: Any, tolerance: float
-) -> tuple[str, float]:
-    """(why `packed` cannot be used, or "", largest difference of a reward); several trees in a row."""
-    indices = _short_prompts(data.costs(packed))
-    half = len(indices) if packed.by_tree else (len(indices) + 1) // 2
-    rows = [list(row) for row in (indices[:half], indices[half:]) if len(row)]
+def _compare_layouts(packed: Layout, padded: Layout, model: nn.Module, data: Any, tolerance: float) -> tuple[str, str]:
+    """(why `packed` cannot be used, or "", how well the rewards agree), from short prompts, so that it is quick."""
+    order = np.argsort(data.costs(packed), kind="stable")
+    indices = order[len(order) // 10 :][:NUM_VERIFIED].tolist()
     was_training, rewards, device = model.training, [], next(model.parameters()).device
     model.eval()
     try:
-        for layout, micro_batch in ((packed, MicroBatch(rows)), (padded, MicroBatch([[i] for i in indices]))):
-            batch = collate_trees(data.trees(indices), micro_batch, layout).to(device)
+        for layout, rows in ((packed, [indices]), (padded, [[i] for i in indices])):
+            batch = collate_trees(data.trees(indices), MicroBatch(rows), layout).to(device)
             with without_autocast(model):
                 rewards.append(score_batch(model, batch))
+    except InputError as error:
+        return str(error), ""
     finally:
         model.train(was_training)
-    difference = (rewards[0] - rewards[1]).abs().max().item()
+    difference, count = (rewards[0] - rewards[1]).abs().max().item(), len(indices)
     if difference <= tolerance * max(1.0, rewards[1].abs().max().item()):  # false for NaN
-        return "", difference
-    return f"rewards of {len(indices)} prompts differ by {difference:.2g} between the layouts", difference
-
-
-def _short_prompts(costs: Sequence[int]) -> list[int]:
-    """Indices of a few prompts from the tenth percentile of costs on, so that the check is quick."""
-    order = np.argsort(costs, kind="stable")
-    return order[min(len(order) // 10, max(len(order) - NUM_VERIFIED, 0)) :][:NUM_VERIFIED].tolist()
+        return "", f"verified: rewards of {count} prompts agree to {difference:.1g}"
+    return f"rewards of {count} prompts differ by {difference:.2g} between the layouts", ""

@@ -1,10 +1,8 @@
 """The reward table: the same held-out pairs at every evaluation, in the terminal, in a file and in W&B.
 
 `sample_records` makes a record of each pair; `visualize_samples` shows records. A key that is added to the record is in
-the file and in the W&B Table. `answers_of` and `verdict_of` say what the terminal shows of a record.
+the file and in the W&B Table.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -24,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rm.config.files import finite, write_text
-from rm.log.terminal import print_safely
+from rm.config.files import finite, write_file
 from rm.log.token_html import JOINERS, token_bars, token_rewards_page
-from rm.log.trackers import RunLog
+from rm.log.trackers import RunLog, print_safely
 
 PROMPT_LINES, ANSWER_LINES = 3, 4  # a text is shortened to about so many lines of the terminal
-SIDES = ("chosen", "rejected")
+LEFT, REWARD = 16, 9  # widths of columns, for rewards and margins below 10000
+SIDES, MARGINS = ("chosen", "rejected"), {"margin": "margin", "data": "data_margin"}
 
 
 def visualize_samples(
@@ -53,17 +51,13 @@ def visualize_samples(
 
 
 def sample_records(
-    table: pd.DataFrame,
-    rows: Sequence[int],
-    texts: Sequence[dict],
-    token_rewards: Sequence = (),
-    step: int | None = None,
+    table: pd.DataFrame, rows: Sequence[int], texts: list[dict], token_rewards: Sequence = (), step: int | None = None
 ) -> list[dict[str, Any]]:
     """A record of each pair in the rows `rows` of an evaluation table (`rm.evaluate.table`).
 
     Args:
         texts: "prompt", "chosen" and "rejected" of each pair; the answers do not repeat the prompt.
-        token_rewards: (of chosen, of rejected) or None for each pair, see `rm.evaluate.token_rewards`. Empty: none.
+        token_rewards: (of chosen, of rejected) or None for each pair, see `rm.evaluate.evaluator`. Empty: none.
 
     Returns:
         id, step, set (if there are several), prompt, chosen, rejected, reward_chosen, reward_rejected,
@@ -90,24 +84,11 @@ def sample_records(
     return records
 
 
-def answers_of(record: dict[str, Any]) -> list[tuple[str, str, float, list]]:
-    """(label, text, reward, token rewards) of each answer, from top to bottom."""
-    return [(side, record[side], record[f"reward_{side}"], record.get(f"token_rewards_{side}", [])) for side in SIDES]
-
-
-def verdict_of(record: dict[str, Any]) -> list[str]:
-    """The lines at the left of the answers. The first one is coloured."""
-    lines = [f"{record['correct']:5} P={record['p_chosen']:.3f}", f"margin {record['margin']:+.3f}"]
-    return lines + ([f"data   {record['data_margin']:+.3f}"] if "data_margin" in record else [])
-
-
 def reward_table(records: list[dict[str, Any]], console: Console, title: str | None = None) -> Table:
     """Records as a table that fits the console: prompts lose their start, answers their end."""
     unicode = console.encoding.startswith("utf")
     dots, line_end = ("…", " ⏎ ") if unicode else ("...", " / ")
-    left_width = max(cell_len(line) for record in records for line in verdict_of(record))
-    reward_width = max(7, *(len(f"{reward:+.3f}") for record in records for _, _, reward, _ in answers_of(record)))
-    width = max(10, console.width - left_width - len("rejected") - reward_width - 11)  # of the texts; 11: gaps
+    width = max(10, console.width - LEFT - len("rejected") - REWARD - 11)  # of the texts; 11: gaps
 
     def plain(text: str) -> str:  # one line, which can neither colour nor move anything
         text = re.sub(r"[ \t]*[\r\n]+[ \t]*", line_end, text.strip()).replace("\t", " ") or "(empty)"
@@ -126,7 +107,7 @@ def reward_table(records: list[dict[str, Any]], console: Console, title: str | N
     table = Table(title=title, caption=caption, box=HORIZONTALS, pad_edge=False, expand=True)
     table.title_justify = table.caption_justify = "left"
     fixed = {"no_wrap": True, "overflow": "ellipsis" if unicode else "crop"}
-    table.add_column("pair", max_width=left_width, **fixed)
+    table.add_column("pair", max_width=LEFT, **fixed)
     table.add_column("", **fixed)
     table.add_column("text", ratio=1, overflow="fold", min_width=10)
     table.add_column("reward", min_width=7, justify="right", **fixed)
@@ -136,16 +117,17 @@ def reward_table(records: list[dict[str, Any]], console: Console, title: str | N
             shown_set = record["set"]
             table.add_row("", Text("set", "dim"), Text(plain(shown_set), "bold"))
             table.add_section()
-        labels, texts, rewards, tokens = zip(*answers_of(record), strict=True)
-        texts = [plain(text) for text in texts]
+        texts, bars = [plain(record[side]) for side in SIDES], ["", ""]
         if (same := len(os.path.commonprefix(texts))) > width:  # show where the answers begin to differ
             texts = [dots + text[same - width // 2 :] for text in texts]
-        bars = token_bars(tokens, width, unicode) if all(tokens) else [""] * len(texts)
+        if "token_rewards_chosen" in record:
+            bars = token_bars([record[f"token_rewards_{side}"] for side in SIDES], width, unicode)
         middle = [("prompt", shortened(plain(record["prompt"])[::-1], PROMPT_LINES)[::-1], "")]  # keeps its end
-        for label, text, reward, line in zip(labels, texts, rewards, bars, strict=True):
+        for side, text, line in zip(SIDES, texts, bars, strict=True):
             text = shortened(text, ANSWER_LINES) + (f"\n{line}" if 0 < len(line) <= width else "")
-            middle.append((label, text, f"{reward:+.3f}"))
-        left = [plain(record["id"].removeprefix(f"{shown_set}/")), *verdict_of(record)]
+            middle.append((side, text, f"{record[f'reward_{side}']:+.3f}"))
+        left = [plain(record["id"].removeprefix(f"{shown_set}/")), f"{record['correct']:5} P={record['p_chosen']:.3f}"]
+        left += [f"{name:6} {record[key]:+.3f}" for name, key in MARGINS.items() if key in record]
         colour = {"right": "green", "wrong": "red"}.get(record["correct"], "yellow")
         styles = ("bold", "dim", "dim", "")
         for line, cells in zip_longest(left, middle):  # Text, since a str with brackets would be taken for markup
@@ -159,4 +141,4 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON object per line, all or none; NaN and infinities as `finite` spells them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records]
-    write_text(path, "".join(lines), errors="backslashreplace")
+    write_file(path, "".join(lines))

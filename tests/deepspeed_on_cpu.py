@@ -4,17 +4,15 @@ import os
 import sys
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
 import train_rm
-from rm.train import setup
-
-plain = setup.create_accelerator
+from rm.train import processes
 
 
-def create_accelerator(config):
-    accelerator = plain(config)
+def deepspeed_accelerator(**given) -> Accelerator:
+    accelerator = Accelerator(**given)
     assert accelerator.distributed_type == DistributedType.DEEPSPEED
     return accelerator
 
@@ -26,7 +24,7 @@ def run() -> int:
     os.environ |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "false", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
     PartialState(cpu=True)  # makes the gloo group
     torch.accelerator.is_available = lambda: True  # so that `cpu=True` is not passed
-    setup.create_accelerator = create_accelerator
+    processes.Accelerator = deepspeed_accelerator
     return train_rm.run()
 
 

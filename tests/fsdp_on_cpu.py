@@ -8,21 +8,19 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import train_rm
-from rm.train import setup
-
-plain = setup.create_accelerator
+from rm.train import processes
 
 
-def create_accelerator(config) -> Accelerator:
+def sharding_accelerator(**given) -> Accelerator:
     os.environ["FSDP_VERSION"] = "2"
-    accelerator, state = plain(config), AcceleratorState()
+    accelerator, state = Accelerator(**given), AcceleratorState()
     options = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "reshard_after_forward": True}
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(**options)
     return accelerator
 
 
 def run() -> int:
-    setup.create_accelerator = create_accelerator
+    processes.Accelerator = sharding_accelerator
     return train_rm.run()
 
 

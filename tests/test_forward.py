@@ -203,7 +203,8 @@ def test_a_model_that_does_not_pass_the_trees_on(pairs, monkeypatch):
 
     monkeypatch.setattr(type(backbone), "forward", without_trees)
     layout = choose_layout("auto", model, pairs, PAD)
-    assert (layout.name, layout.by_tree, model.config._attn_implementation) == ("shared_prefix", False, "sdpa")
+    assert layout.name == "concatenated" and "gets no tree_lengths" in layout.reason
+    assert choose_layout("auto", set_kernel(model, "sdpa"), pairs, PAD).name == "shared_prefix"
 
 
 def test_a_wrong_mask_is_noticed(pairs, monkeypatch):

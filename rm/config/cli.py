@@ -1,14 +1,14 @@
 """The command lines of all programs, and YAML files: default < YAML < command line."""
 
-from __future__ import annotations
-
 import difflib
+import errno
 import inspect
 import itertools
 import json
-import os
+import logging
 import sys
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from rm.config.errors import InputError
 from rm.config.options import TINY_LLAMA, RewardConfig
 from rm.config.redact import safe_line
 from rm.config.section import Section, choices, fields_of, kinds, option
-from rm.config.trl_names import answer
 
 OPTIONS = fields_of(RewardConfig)
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+WRONG_FILE = (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR)
+OTHER_NAMES = Path(__file__).with_name("trl_names.yaml")
 
 
 class Training(Section):
@@ -52,6 +53,24 @@ def answer_early(argv: list[str]) -> None:
         sys.exit(print(safe_line(f"error: {error}"), file=sys.stderr) or error.exit_code)
 
 
+def run_program(main: Callable[[list[str]], Any]) -> None:
+    """Call `main` with the command line, and log to stderr. Exit codes: 2 wrong input, 1 another error of a file."""
+    import transformers  # slow, and not needed by `answer_early`
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of weights that load in no time
+    try:
+        main(sys.argv[1:])
+        return
+    except InputError as error:
+        message, code = str(error), error.exit_code
+    except OSError as error:
+        message = f"{error.filename or 'the output'} cannot be used ({error.strerror or error})"
+        code = 2 if error.errno in WRONG_FILE else 1
+    sys.exit(print(safe_line(f"error: {message}"), file=sys.stderr) or code)
+
+
 def parse(argv: list[str], program: type, accepts: Collection[str] = (), positional: str = "") -> tuple[Any, dict]:
     """The options of a program itself, and the given options of `RewardConfig` with those of its `--config` files.
 
@@ -60,13 +79,9 @@ def parse(argv: list[str], program: type, accepts: Collection[str] = (), positio
     Raises `InputError`; `--help` prints the help page and exits.
     """
     if {"-h", "--help"} & set(argv):
-        try:
-            print(help_text(program, accepts), flush=True)
-        except BrokenPipeError:  # --help | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(help_text(program, accepts))
         raise SystemExit(0)
-    known, rest = OPTIONS | fields_of(program), list(argv)
-    values: dict[str, Any] = {}
+    known, rest, values = OPTIONS | fields_of(program), list(argv), defaultdict(list)
 
     def is_option(word: str) -> bool:
         return word.startswith("--") or "=" in word and word.partition("=")[0].replace("-", "_") in known
@@ -74,7 +89,7 @@ def parse(argv: list[str], program: type, accepts: Collection[str] = (), positio
     while rest:
         word = rest.pop(0)
         if positional and not is_option(word):
-            values[positional] = values.get(positional, []) + [word]
+            values[positional].append(word)
             continue
         name, equals, text = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
@@ -84,20 +99,18 @@ def parse(argv: list[str], program: type, accepts: Collection[str] = (), positio
         is_flag, is_list = list(kinds(known[name])) == [bool], list in kinds(known[name]) and name != "config"
         words = list(itertools.takewhile(lambda word: not is_option(word), rest))[: None if is_list else 1]
         taken = [text] if equals else [word for word in words if not is_flag or word.lower() in ("true", "false")]
-        rest = rest if equals else rest[len(taken) :]
+        del rest[: 0 if equals else len(taken)]
         if not taken and not is_flag:
             raise InputError(f"command line: --{name} needs a value")
-        if name == "config":
-            values[name] = values.get(name, []) + taken
-        elif name in values:
+        if name in values and name not in ("config", positional):
             raise InputError(f"command line: {name} is given twice")
-        else:
-            values[name] = taken if len(taken) > 1 else (taken or [True])[0]
+        values[name] += taken or [True]
+    options = {k: v if len(v) > 1 or k in ("config", positional) else v[0] for k, v in values.items()}
     given: dict[str, Any] = {}
-    for path in values.get("config", []):
+    for path in options.get("config", []):
         given |= read_yaml(path)
-    own = program(**{name: values.pop(name) for name in fields_of(program) if name in values})
-    return own, given | values
+    own = program(**{name: options.pop(name) for name in fields_of(program) if name in options})
+    return own, given | options
 
 
 def make_config(given: dict[str, Any]) -> RewardConfig:
@@ -116,7 +129,12 @@ def _check_name(name: str, where: str | Path, allowed: Collection[str]) -> None:
         return
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     fix = f"unknown key '{name}'; " + (f"did you mean {near[0]}?" if near else "see --help for all options")
-    fix = f"{name} has no effect in this program; see --help" if name in OPTIONS else answer(name) or fix
+    if name in OPTIONS:
+        fix = f"{name} has no effect in this program; see --help"
+    for trainer, answers in yaml.safe_load(OTHER_NAMES.read_text(encoding="utf-8")).items():
+        for names, answer in answers.items():
+            if name in names.split():
+                fix = f"'{name}' is the name in {trainer}; here: {answer.replace('`', '')}"
     raise InputError(f"{where}: {fix}")
 
 
@@ -126,11 +144,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise InputError(f"line {self.peek_event().start_mark.line + 1}: write the value instead of an alias")
-        return super().compose_node(parent, index)
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node, seen = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:
+        node, seen = super().compose_node(parent, index), set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if str(key.value) in seen:
                 raise InputError(f"line {key.start_mark.line + 1}: key '{key.value}' is given twice")
             seen.add(str(key.value))

@@ -1,16 +1,27 @@
-"""Files that are complete after a crash, and values that JSON can hold."""
+"""Files and folders that are complete after a crash, values that JSON can hold, and the lock of a folder."""
 
-from __future__ import annotations
-
+import fcntl
+import hashlib
+import itertools
 import json
+import logging
 import math
 import os
+import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from rm.config.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 GO_ON = "fix this, then resume with --resume_from_checkpoint=latest"
+MANIFEST = "manifest.json"
+LOCK, LOCK_SECONDS = ".run_lock", 60.0  # a requeued job may start while the old one still writes its checkpoint
 
 
 class DiskError(OSError):
@@ -28,8 +39,6 @@ def naming(path: Path) -> Iterator[None]:
 
 def fsync(path: Path) -> None:
     """Flush a file, or the list of names in a folder, to the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,16 +46,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Write a file in UTF-8; after a crash it has either the old or the new content."""
-    write_bytes(path, text.encode("utf-8", errors))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file; after a crash it has either the old or the new content."""
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file (text in UTF-8, lone surrogates escaped); after a crash it has the old or the new content."""
     part = path.with_name(f".{path.name}.part")
     with naming(path):
-        part.write_bytes(content)
+        part.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
         fsync(part)
         part.replace(path)
         fsync(path.parent)
@@ -70,3 +74,74 @@ def finite(value: Any) -> Any:
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    with open(path, "rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def new_folder(final: Path) -> Path:
+    """An empty hidden folder beside `final`."""
+    shutil.rmtree(hidden := final.with_name(f".{final.name}.partial"), ignore_errors=True)
+    hidden.mkdir(parents=True)
+    return hidden
+
+
+def publish_folder(hidden: Path, final: Path) -> None:
+    """Add the manifest to a folder, flush all of it to the disk, and rename it to `final`. Raises OSError."""
+    files = sorted(path for path in hidden.rglob("*") if path.is_file())
+    manifest = {path.relative_to(hidden).as_posix(): digest(path) for path in files}
+    (hidden / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for path in (*hidden.rglob("*"), hidden):
+        fsync(path)
+    hidden.rename(final)
+    fsync(final.parent)
+    fsync(final.parent.parent)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a folder; at no moment is an incomplete one visible."""
+    shutil.rmtree(hidden := folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def damage(folder: Path, needed: str = "") -> str | None:
+    """What is wrong with a published folder, or None: every file agrees with the manifest, and `needed` is in it."""
+    manifest = read_json(folder / MANIFEST)
+    if not manifest or (needed and needed not in manifest):
+        return f"{folder / MANIFEST} is missing or damaged"
+    try:
+        changed = [name for name, expected in manifest.items() if digest(folder / name) != expected]
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    return f"the content of {changed[0]} has changed (size or sha256)" if changed else None
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Lock `folder` until the returned file is closed or this process ends, also by SIGKILL.
+
+    The lock is a POSIX record lock: forked workers do not inherit it, and it works on NFS (with lockd) and Lustre (with
+    `-o flock`). Raises `InputError` if another process has not released it within `LOCK_SECONDS`.
+    """
+    file = open(folder / LOCK, "a+", encoding="utf-8")
+    for attempt in itertools.count():
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):  # POSIX allows both
+            holder = (folder / LOCK).read_text(encoding="utf-8")
+            if attempt == 0:
+                logger.warning(f"{folder} is used by {holder}; waiting up to {LOCK_SECONDS:g} s")
+            if attempt * 0.2 > LOCK_SECONDS:
+                raise InputError(f"output_dir={folder} is used by {holder}; choose another") from None
+            time.sleep(0.2)
+        except OSError as error:
+            logger.warning(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file

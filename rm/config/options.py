@@ -4,16 +4,14 @@ Names are those of TRL and transformers wherever the meaning is the same. The te
 on the help page. Options without `may_change_on_resume` must be the same when a run is resumed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from rm.config.redact import redact
-from rm.config.section import Section, fields_of, given_options, option
+from rm.config.section import Section, fields_of, option
 
 TINY_LLAMA = "configs/tiny_llama"
 
@@ -88,8 +86,7 @@ class DatasetOptions(Section):
     margin_from_scores: bool = option(False, "margin = score_chosen - score_rejected")
     dataset_num_proc: int | None = option(None, "processes that render and tokenize; none: one", gt=0, may_change_on_resume=True)
 
-    @model_validator(mode="after")
-    def _check_data_sets(self) -> DatasetOptions:
+    def check(self) -> None:
         for name, config in (("dataset_name", "dataset_config"), ("eval_dataset_name", "eval_dataset_config")):
             given, configs = getattr(self, name), getattr(self, config)
             places = [given] if isinstance(given, str | None) else list(given)
@@ -98,7 +95,6 @@ class DatasetOptions(Section):
             count = f"give a list with one for each of the {len(places)} data sets"
             self.need(configs is None or (len(configs) if isinstance(configs, list) else 1) == len(places), config, f"{count}, null for one without")
             self.need(name != "dataset_name" or len(self.dataset_weights or places) == len(places), "dataset_weights", count)
-        return self
 
 class TokenOptions(Section):
     """Tokens"""
@@ -147,16 +143,14 @@ class TrainOptions(Section):
     seed: int = option(42, "everything random is a function of (seed, step, process)", ge=0, lt=2**32)
     full_determinism: bool = option(False, "use deterministic kernels: the same bits on a GPU too, slower")
 
-    @model_validator(mode="after")
-    def _check_training(self) -> TrainOptions:
+    def check(self) -> None:
         self.need(self.max_steps != 0, "max_steps", "must be greater than 0, or -1 to use num_train_epochs")
         if self.lr_scheduler_type in ("constant", *FOLLOW_EVALUATIONS):
             for name in ("warmup_steps", "warmup_ratio"):
                 self.need(not getattr(self, name), name, f"lr_scheduler_type={self.lr_scheduler_type} has no warm-up; use another, such as constant_with_warmup")
-        adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
-        for name in given_options(self, TrainOptions):
-            self.need(name not in adam or self.optim.startswith("adamw"), name, f"has no effect with optim={self.optim}; use optim_args")
-        return self
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            is_default = getattr(self, name) == fields_of(TrainOptions)[name].default
+            self.need(is_default or self.optim.startswith("adamw"), name, f"has no effect with optim={self.optim}; use optim_args")
 
 class HardwareOptions(Section):
     """Hardware"""
@@ -183,17 +177,15 @@ class EvaluateOptions(Section):
     early_stopping_threshold: float = option(0.0, "difference that counts as better; 0: any", ge=0, needs="early_stopping_patience")
     num_print_samples: int = option(4, "held-out rows of each set shown with their rewards at every evaluation; -1: all; 0: off", ge=-1, may_change_on_resume=True)
 
-    @model_validator(mode="after")
-    def _check_best(self) -> EvaluateOptions:
+    def check(self) -> None:
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
             object.__setattr__(self, "metric_for_best_model", "eval/loss")
         self.need(self.eval_steps or not self.metric_for_best_model, "metric_for_best_model", "has no effect without eval_steps")
         self.need(self.metric_for_best_model or self.greater_is_better is None, "greater_is_better", "has no effect without metric_for_best_model")
-        return self
 
 class OutputOptions(Section):
     """Output"""
-    output_dir: str | None = option(None, "folder of the run; none: runs/<run_name>", may_change_on_resume=True)
+    output_dir: str | None = option(None, "folder of the run; none: runs/<run_name>", pattern=r"^[^\x00]+$", fix="cannot be written", may_change_on_resume=True)
     overwrite_output_dir: bool = option(False, "allow an output_dir that already holds a run", may_change_on_resume=True)
     resume_from_checkpoint: str | None = option(None, "checkpoint folder to resume from, or latest: the newest in output_dir (without one, from the start); none: a new run", may_change_on_resume=True)
     run_name: str | None = option(None, "name of the run; none: <model>-<data set>-<time>", **PLAIN_NAME, may_change_on_resume=True)
@@ -204,12 +196,10 @@ class OutputOptions(Section):
     report_to: list[str] = option([], "trackers: wandb, tensorboard, any other of Accelerate, or all", may_change_on_resume=True)
     project: str = option("reward-model", "project name at the tracker", **PLAIN_NAME, may_change_on_resume=True)
 
-    @model_validator(mode="after")
-    def _check_resume(self) -> OutputOptions:
+    def check(self) -> None:
         resumes = self.resume_from_checkpoint
         self.need(str(resumes).lower() not in ("true", "false"), "resume_from_checkpoint", "write latest (true in TRL), a checkpoint folder, or none")
         self.need(not resumes or self.output_dir or self.run_name, "resume_from_checkpoint", "name the run to resume: output_dir or run_name")
-        return self
 
 class HubOptions(Section):
     """Hub"""
@@ -230,21 +220,18 @@ class RewardConfig(
 ):
     """All options of a run, flat, and an instance of every section. (Fields are ordered from the last base on.)"""
 
-    @model_validator(mode="after")
-    def _check_across_sections(self) -> RewardConfig:
+    def check(self) -> None:
         need, has_checkpoints = self.need, self.save_steps or self.metric_for_best_model
         need(self.dtype != "float16" or self.mixed_precision != "fp16", "dtype", "mixed_precision=fp16 needs float32")
         if self.lr_scheduler_type in FOLLOW_EVALUATIONS:
             need(self.eval_steps, "lr_scheduler_type", "depends on evaluations; set eval_steps")
         need(has_checkpoints or not self.save_total_limit, "save_total_limit", "has no effect without save_steps")
         need(has_checkpoints or self.hub_strategy == "end", "hub_strategy", "has no effect without save_steps; use end")
-        return self
 
     def global_batch_size(self, num_processes: int) -> int:
         """Prompts per optimizer step over all processes, from `train_batch_size` or from the two options of TRL."""
         if self.per_device_train_batch_size or self.gradient_accumulation_steps:
-            per_device = self.per_device_train_batch_size or 8  # the default of TRL
-            return per_device * (self.gradient_accumulation_steps or 1) * num_processes
+            return (self.per_device_train_batch_size or 8) * (self.gradient_accumulation_steps or 1) * num_processes
         return self.train_batch_size or 64
 
     def to_yaml(self) -> str:
@@ -254,9 +241,9 @@ class RewardConfig(
 
     def resolved(self, num_processes: int, mixed_precision: str) -> dict[str, Any]:
         """All options with those that depend on the launcher filled in: the record by which runs are compared."""
-        batch = {"train_batch_size": self.global_batch_size(num_processes), "mixed_precision": mixed_precision}
-        trl_batch = dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"))
-        return dataclasses.asdict(self) | trl_batch | batch
+        batch = dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"))
+        batch |= {"train_batch_size": self.global_batch_size(num_processes), "mixed_precision": mixed_precision}
+        return dataclasses.asdict(self) | batch
 
 
 def changed_options(before: dict[str, Any], now: dict[str, Any], places_too: bool = False) -> list[str]:
@@ -265,8 +252,8 @@ def changed_options(before: dict[str, Any], now: dict[str, Any], places_too: boo
     `places_too`: also options that are otherwise compared by their content (data sets, models, files).
     """
     rules = {name: field.json_schema_extra for name, field in fields_of(RewardConfig).items()}
-    free = {name for name in rules if rules[name]["may_change_on_resume"]}
-    free |= {name for name in rules if rules[name]["compared_by_content"] and not places_too}
+    kinds = ("may_change_on_resume",) if places_too else ("may_change_on_resume", "compared_by_content")
+    free = {name for name, rule in rules.items() if any(rule[kind] for kind in kinds)}
     if now["early_stopping_patience"] or now["lr_scheduler_type"] in FOLLOW_EVALUATIONS:
         free -= {"eval_steps"}  # evaluations decide about the training
     names = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]

@@ -1,7 +1,5 @@
 """Configs, command lines and texts without the secrets in them, for whatever is written, shown or uploaded."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re
@@ -39,10 +37,9 @@ def redact_arguments(argv: list[str]) -> list[str]:
     """A command line without secrets in `--key=value`, `key=value` and `--key value`, also inside dicts and lists."""
     hidden, name = [], ""
     for argument in argv:
-        if not argument.startswith("--"):
-            argument = _redact_argument(argument, name)  # the value of the option before it, if that had none
-        key, equals, value = argument.partition("=")
-        name = key if argument.startswith("--") else name
+        is_option = argument.startswith("--")  # otherwise the value of the option before it, if that had none
+        key, equals, value = (argument if is_option else _redact_argument(argument, name)).partition("=")
+        name = key if is_option else name
         hidden.append(redact(key) + equals + _redact_argument(value, key))
     return hidden
 

@@ -1,10 +1,8 @@
 """A section of options: a pydantic dataclass with constraints and metadata beside its fields, and one-line errors."""
 
-from __future__ import annotations
-
 import re
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -35,7 +33,7 @@ class Section:
     """The base of all sections: makes every subclass a dataclass whose constructor raises `InputError`.
 
     Frozen, since pydantic does not validate assignments: `dataclasses.replace` makes a validated copy. Values may be
-    text in the forms of the command line. Validators need different names: of two with the same name, one runs.
+    text in the forms of the command line. The method `check` of a section rejects combinations of its options.
     """
 
     def __init_subclass__(cls) -> None:
@@ -52,15 +50,40 @@ class Section:
     @field_validator("*", mode="before")
     @classmethod
     def _read(cls, value: Any, info: ValidationInfo) -> Any:
-        return _from_text(value, fields_of(cls)[info.field_name])
+        """A value of YAML or of the command line in a form that pydantic reads."""
+        field = fields_of(cls)[info.field_name]
+        allowed, may_be_text = kinds(field), str in kinds(field)
+        if HIDDEN in str(value):
+            raise ValueError("a secret was hidden here when the config was written; give it again")
+        if isinstance(value, str):
+            if value.lower() in ("none", "null") and (NoneType in allowed or not may_be_text):
+                value = None
+            elif dict in allowed and not may_be_text and "=" in value and value[0] != "{":  # as optim_args in TRL
+                pairs = [pair.partition("=") for pair in re.split(r",(?![^(\[]*[)\]])", value)]
+                value = {name.strip(): read_literal(text.strip()) for name, _, text in pairs}
+            elif not may_be_text or value[:1] in ("[", "{", "(") and {list, dict} & allowed.keys():
+                value = read_literal(value)
+        if value in (None, "") and list in allowed and NoneType not in allowed:
+            return []
+        if isinstance(value, str) and list in allowed and not may_be_text:
+            return [part.strip() for part in value.split(",")]
+        if value is False and "no" in choices(field):  # YAML reads a bare `no` as false
+            return "no"
+        if isinstance(value, bool) and bool not in allowed:  # pydantic would take it for 0 or 1
+            raise ValueError("must not be true or false")
+        return value
 
     @model_validator(mode="after")
-    def _check_needs_and_excludes(self) -> Section:
-        given = given_options(self, type(self))
+    def _check(self) -> Self:
+        fields = fields_of(type(self))
+        given = [name for name, field in fields.items() if getattr(self, name) != field.default]
         for name in given:
-            needs, excludes = map(fields_of(type(self))[name].json_schema_extra.get, ("needs", "excludes"))
+            needs, excludes = map(fields[name].json_schema_extra.get, ("needs", "excludes"))
             self.need(not needs or getattr(self, needs, True), name, f"has no effect without {needs}")
             self.need(excludes not in given, name, f"{excludes} is given too; give one of them")
+        for part in reversed(type(self).__mro__):  # pydantic would run only one of several validators with this name
+            if "check" in vars(part):
+                part.check(self)
         return self
 
     def need(self, ok: Any, name: str, fix: str) -> None:
@@ -74,11 +97,6 @@ def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
     return section.__pydantic_fields__
 
 
-def given_options(config: Section, section: type[Section]) -> list[str]:
-    """The options of `section` that are not at their default in `config`."""
-    return [name for name, field in fields_of(section).items() if getattr(config, name) != field.default]
-
-
 def kinds(field: FieldInfo) -> dict[Any, Any]:
     """The types that a field allows, with their parameters: of `list[str] | None` list (list[str]) and NoneType."""
     is_union = get_origin(field.annotation) in (Union, UnionType)
@@ -88,32 +106,6 @@ def kinds(field: FieldInfo) -> dict[Any, Any]:
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The values of the `Literal` that a field allows."""
     return get_args(kinds(field).get(Literal))
-
-
-def _from_text(value: Any, field: FieldInfo) -> Any:
-    """A value of YAML or of the command line in a form that pydantic reads."""
-    allowed, may_be_text = kinds(field), str in kinds(field)
-    if HIDDEN in str(value):
-        raise ValueError("a secret was hidden here when the config was written; give it again")
-    if isinstance(value, str):
-        if value.lower() in ("none", "null") and (NoneType in allowed or not may_be_text):
-            value = None
-        elif (
-            dict in allowed and not may_be_text and "=" in value and value[0] != "{"
-        ):  # name=value,name=value, as optim_args in TRL
-            pairs = [pair.partition("=") for pair in re.split(r",(?![^(\[]*[)\]])", value)]
-            value = {name.strip(): read_literal(text.strip()) for name, _, text in pairs}
-        elif not may_be_text or value[:1] in ("[", "{", "(") and {list, dict} & allowed.keys():
-            value = read_literal(value)
-    if value in (None, "") and list in allowed and NoneType not in allowed:
-        return []
-    if isinstance(value, str) and list in allowed and not may_be_text:
-        return [part.strip() for part in value.split(",")]
-    if value is False and "no" in choices(field):  # YAML reads a bare `no` as false
-        return "no"
-    if isinstance(value, bool) and bool not in allowed:  # pydantic would take it for 0 or 1
-        raise ValueError("must not be true or false")
-    return value
 
 
 def _one_line(fields: dict[str, FieldInfo], values: dict[str, Any], error: dict[str, Any]) -> str:

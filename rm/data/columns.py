@@ -28,12 +28,6 @@ class Column:
     by_name: bool = True
     is_signed: bool = False
 
-    @property
-    def expected(self) -> str:
-        if self.low == -math.inf:
-            return "a finite number"
-        return f"a number of at least {self.low:g}" + ("" if self.high == math.inf else f" and at most {self.high:g}")
-
 
 COMPARISON_COLUMNS = {
     "margin": Column(0.0, option="margin_column", is_signed=True),  # log-odds; Llama 2, eq. 2
@@ -60,11 +54,7 @@ def columns_to_read(names: Iterable[str], config: Any, source: str) -> dict[str,
             raise InputError(f"{source}: {column.option}={given}: there is no such column; there are {there}")
         if given or (column.by_name and name in names):
             found[name] = given or name
-    if config.margin_from_scores:
-        if "margin" in found:
-            fix = "set margin_from_scores to false, or remove the column"
-            raise InputError(f"{source}: has a column {found['margin']!r} of margins; {fix}")
-        for column in ("score_chosen", "score_rejected"):
-            if column not in names:
-                raise InputError(f"{source}: there is no column {column!r}; set margin_from_scores to false, or add it")
+    if config.margin_from_scores and ("margin" in found or not names >= {"score_chosen", "score_rejected"}):
+        needs = "needs the columns score_chosen and score_rejected, and no column of margins"
+        raise InputError(f"{source}: margin_from_scores {needs}; there are {', '.join(sorted(names))}")
     return found

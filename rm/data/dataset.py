@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,15 +13,15 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 
-from rm.data.audit import fingerprint
+from rm.data.audit import DROPPED, audit_counts
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
-from rm.data.formats import Encoding, Example, read_row
+from rm.data.formats import Encoding, Example, read_row, without_none
 from rm.data.load import Source
 from rm.data.plan import Layout
-from rm.data.render import readable, split_prompt
 from rm.data.tokenize import Tree
 
 
@@ -75,8 +76,7 @@ class PreferenceData:
 
     @cached_property
     def _labels(self) -> Dataset:
-        names = ["chosen", "rejected", *COMPARISON_COLUMNS, *ANSWER_COLUMNS]
-        return self.dataset.with_format("arrow", columns=names)
+        return self.dataset.with_format("arrow", columns=["chosen", "rejected", *COMPARISON_COLUMNS, *ANSWER_COLUMNS])
 
     def trees(self, indices: Sequence[int]) -> list[Tree]:
         """The token trees of these prompts."""
@@ -99,27 +99,23 @@ class PreferenceData:
         return len(self.sets) > 1
 
     @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum([part.size for part in self.sets.values()])
-
-    def set_of(self, i: int) -> str:
-        """The name of the set that prompt `i` is from."""
-        return list(self.sets)[int(np.searchsorted(self._ends, i, side="right"))]
+    def set_names(self) -> np.ndarray:
+        """The name of the set that each prompt is from, object [n]."""
+        return np.repeat(np.array(list(self.sets), object), [part.size for part in self.sets.values()])
 
     def ids(self, indices: Sequence[int]) -> list[str]:
         """The ids of these prompts, "SET/ID" where there are several sets."""
         ids = self.dataset.select(indices)["id"][:]
-        return [f"{self.set_of(i)}/{n}" for i, n in zip(indices, ids, strict=True)] if self.are_several else ids
+        return [f"{self.set_names[i]}/{n}" for i, n in zip(indices, ids, strict=True)] if self.are_several else ids
 
     def first_of_each(self, count: int) -> np.ndarray:
         """The first `count` prompts of each set; -1: all."""
-        starts = self._ends - [part.size for part in self.sets.values()]
-        ends = self._ends if count == -1 else np.minimum(self._ends, starts + count)
-        return np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+        numbers = pd.Series(self.set_names).groupby(self.set_names).cumcount()
+        return np.flatnonzero((numbers < count) | (count == -1))
 
     def example(self, i: int) -> Example:
         """Prompt `i` as the data give it; only the kept answers."""
-        row, part = self.dataset[int(i)], self.sets[self.set_of(i)]
+        row, part = self.dataset[int(i)], self.sets[self.set_names[i]]
         example = read_row(part.source.dataset[row["row"]], part.encoding)
         example.answers = [example.answers[n] for n in row["answer"]]
         return example
@@ -131,15 +127,17 @@ class PreferenceData:
             (tree,) = self.trees([int(i)])
             prompt, *answers = map(self.tokenizer.decode, (tree.prefix, *tree.answers))
         else:
-            prompt, answers = readable(example)
+            prompt, answers = split_prompt(example)
+        if example.kind == "conversation":  # a single message is its content, several are a transcript
+            prompt = _transcript(prompt)
+            answers = [_content(messages[0]) if len(messages) == 1 else _transcript(messages) for messages in answers]
         return {"prompt": prompt, "answers": answers}
 
     def comparison_texts(self, row: int) -> dict[str, str]:
         """Row `row` of `comparisons` for people: "prompt", "chosen", "rejected"."""
         index, chosen, rejected = self.comparisons.iloc[row][["index", "chosen", "rejected"]].astype(int)
-        texts = self.texts(index)
-        answers = texts["answers"]
-        return {"prompt": texts["prompt"], "chosen": answers[chosen], "rejected": answers[rejected]}
+        prompt, answers = self.texts(index).values()
+        return {"prompt": prompt, "chosen": answers[chosen], "rejected": answers[rejected]}
 
     def prompt_hashes(self) -> np.ndarray:
         """int64 [n], equal for equal prompts, the same on every machine. Without a prompt of their own the prompt is
@@ -171,26 +169,51 @@ class PreferenceData:
         return pd.DataFrame(frame | {"prefix_length": prefix, "share": (1 / counts)[index]})
 
 
-def concatenate(parts: dict[str, PreferenceData], audit: dict, rows: list[np.ndarray] | None = None) -> PreferenceData:
-    """The prompts of several sets, set after set; of each only `rows`, which may repeat (None: all)."""
+def concatenate(parts: dict[str, PreferenceData]) -> PreferenceData:
+    """The prompts of several sets, set after set."""
     first = next(iter(parts.values()))
-    pieces = [part.dataset for part in parts.values()]
-    dataset = datasets.concatenate_datasets(pieces) if len(pieces) > 1 else pieces[0]
-    sizes = [len(piece) for piece in pieces]
-    if rows is not None:
-        starts = np.cumsum(sizes) - sizes
-        dataset = dataset.select(np.concatenate([start + r for start, r in zip(starts, rows, strict=True)]))
-        sizes = [len(r) for r in rows]
-    sets = {name: dataclasses.replace(part.sets[name], size=n)
-            for (name, part), n in zip(parts.items(), sizes, strict=True)}  # fmt: skip
-    if rows is not None:
-        digest = fingerprint(arrays_of(dataset))
-    elif len(parts) == 1:
-        digest = first.fingerprint
+    if len(parts) == 1:
+        return first
+    dataset = datasets.concatenate_datasets([part.dataset for part in parts.values()])
+    dropped = {reason: sum(part.audit[reason] for part in parts.values()) for reason in DROPPED}
+    digest = json.dumps([[name, part.fingerprint] for name, part in parts.items()])
+    sets = {name: part.sets[name] for name, part in parts.items()}
+    audit = audit_counts(arrays_of(dataset), dropped)
+    return PreferenceData(dataset, sets, audit, hashlib.sha256(digest.encode()).hexdigest(), first.tokenizer)
+
+
+# ---------------------------------------------------------------- for people
+
+
+def split_prompt(example: Example) -> tuple[Any, list]:
+    """(prompt, answers) of a text or a conversation, also where the answers contain the prompt: where they begin alike.
+
+    The start shared by texts ends after the last turn marker of hh-rlhf in it, or else at white space. Of conversations
+    equal leading messages are the prompt; each answer keeps its last message.
+    """
+    if example.prompt is not None:
+        return example.prompt, example.answers
+    first = example.answers[0]
+    if example.kind == "text":
+        shared, marker = os.path.commonprefix(example.answers), "\n\nAssistant:"
+        cut = next((i + 1 for i in reversed(range(len(shared))) if shared[i].isspace()), 0)
+        cut = shared.rindex(marker) + len(marker) if marker in shared else cut
     else:
-        named = json.dumps([[name, part.fingerprint] for name, part in parts.items()])
-        digest = hashlib.sha256(named.encode()).hexdigest()
-    return PreferenceData(dataset, sets, audit, digest, first.tokenizer)
+        limit = min(map(len, example.answers)) - 1
+        cut = next((i for i in range(limit) if any(a[i] != first[i] for a in example.answers)), limit)
+    return first[:cut], [answer[cut:] for answer in example.answers]
+
+
+def _content(message: dict) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, list):  # the parts of a multi-modal message
+        content = "\n".join(str(part.get("text", part)) if isinstance(part, dict) else str(part) for part in content)
+    calls = [json.dumps(call, ensure_ascii=False) for call in without_none(message.get("tool_calls") or [])]
+    return "\n".join([content, *calls]) if content else "\n".join(calls)
+
+
+def _transcript(messages: list[dict]) -> str:
+    return "\n".join(f"{message['role']}: {_content(message)}" for message in messages)
 
 
 # ---------------------------------------------------------------- columns as arrays
@@ -210,9 +233,7 @@ def ragged(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def values_of(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """The length of every list in an Arrow column, int64 [n], and all values one after the other."""
-    array = column.combine_chunks()
-    array = array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
-    return array.value_lengths().to_numpy().astype(np.int64), array.flatten().to_numpy()
+    return pc.list_value_length(column).to_numpy().astype(np.int64), pc.list_flatten(column).to_numpy()
 
 
 def arrays_of(dataset: Dataset) -> dict[str, np.ndarray]:
@@ -220,14 +241,13 @@ def arrays_of(dataset: Dataset) -> dict[str, np.ndarray]:
     counts, hashes = ragged(dataset, "answer_hash")
     num_comparisons, chosen = ragged(dataset, "chosen")
     first = np.repeat(np.cumsum(counts) - counts, num_comparisons)
-    rejected = ragged(dataset, "rejected")[1]
     prefix = flat(dataset, "prefix_length")
-    arrays = {"hash_chosen": hashes[first + chosen], "hash_rejected": hashes[first + rejected]}
-    arrays |= {name: ragged(dataset, name)[1] for name in (*COMPARISON_COLUMNS, *ANSWER_COLUMNS)}
-    arrays |= {
+    return {name: ragged(dataset, name)[1] for name in (*COMPARISON_COLUMNS, *ANSWER_COLUMNS)} | {
+        "hash_chosen": hashes[first + chosen],
+        "hash_rejected": hashes[first + ragged(dataset, "rejected")[1]],
         "num_answers": counts,
         "num_comparisons": num_comparisons,
         "prefix_length": prefix,
+        "length": ragged(dataset, "answer_lengths")[1] + np.repeat(prefix, counts),
         "truncated": flat(dataset, "truncated"),
     }
-    return arrays | {"length": ragged(dataset, "answer_lengths")[1] + np.repeat(prefix, counts)}

@@ -1,21 +1,9 @@
 """From a raw row to an `Example`: a prompt, its answers, and the comparisons between them.
 
 The layout of the data is found from the names of its columns; a new layout is one entry of `DATA_LAYOUTS`. Layout and
-types give the format, which is in the log and in data_report.json:
-
-    text_implicit_prompt           chosen, rejected: strings that begin alike (hh-rlhf)
-    text_explicit_prompt           prompt, chosen, rejected: strings
-    conversation_implicit_prompt   chosen, rejected: lists of messages {"role": ..., "content": ...} that begin alike
-    conversation_explicit_prompt   prompt, chosen, rejected: lists of messages; or only the prompt
-    conversation_from_text         text_explicit_prompt with `text_as_conversation`: the prompt is the user's message,
-                                   the answers are the assistant's
-    tokenized                      input_ids_chosen, input_ids_rejected (or chosen_ids, rejected_ids, or
-                                   chosen_input_ids, rejected_input_ids), each with an attention mask or without
-    text_lists                     chosen, rejected: lists of strings, each right answer compared with each wrong one
-    text_NAME, conversation_NAME   another entry NAME of `DATA_LAYOUTS`
-
-Optional columns: those of `rm.data.columns`, score_chosen and score_rejected, id, subset; for conversations also tools
-and chat_template_kwargs.
+types give the format, which is in the log and in data_report.json; docs/data.md lists the formats. Optional columns:
+those of `rm.data.columns`, score_chosen and score_rejected, id, subset; of conversations also tools and
+chat_template_kwargs.
 """
 
 import contextlib
@@ -42,17 +30,12 @@ TOKEN_COLUMNS = {  # ids of chosen and rejected -> their attention masks
     ("chosen_input_ids", "rejected_input_ids"): ("chosen_attention_mask", "rejected_attention_mask"),
 }
 LARGEST = float(np.finfo(np.float32).max)
+TYPES = {type(None): "missing (null)", bool: "true or false", int: "a number", float: "a number"}
+TYPES |= {str: "text", list: "a list", dict: "an object"}
 
 
 class RowError(ValueError):
-    """A row that cannot be used: what is wrong, in one line, and perhaps its number (from 0) in the data."""
-
-    def __init__(self, problem: str, row: int = -1):
-        super().__init__(problem, row)  # both as args: it is pickled on the way out of a worker
-        self.problem, self.row = problem, row
-
-    def __str__(self) -> str:
-        return self.problem
+    """A row that cannot be used: what is wrong, in one line."""
 
 
 @dataclass(slots=True)
@@ -62,7 +45,7 @@ class Example:
     kind: "text", "conversation" or "tokens". prompt: text or messages; None where each answer contains it.
     answers: N texts, lists of messages, or token ids. names: N keys, for error messages. comparisons: C pairs
     (chosen, rejected) of answer indices. columns: C values of each comparison column, N of each answer column.
-    variables: keyword arguments of the chat template.
+    variables: keyword arguments of the chat template. id, subset: None where the data have none.
     """
 
     kind: str
@@ -72,6 +55,8 @@ class Example:
     variables: dict[str, Any] = field(default_factory=dict)
     comparisons: list[tuple[int, int]] = field(default_factory=list)
     columns: dict[str, list[float]] = field(default_factory=dict)
+    id: str | None = None
+    subset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +96,7 @@ class DataLayout:
 
 
 def read_pair(row: dict[str, Any], encoding: Encoding) -> Example:
-    if "prompt" in row and row["prompt"] is None:
-        raise RowError("'prompt' is missing (null), expected text or messages")
+    expect(row.get("prompt", ""), (str, list), "'prompt'", "text or messages")
     answers, comparisons = {side: row[side] for side in SIDES}, []
     if all(type(row[side]) is list and row[side] and all(type(x) is str for x in row[side]) for side in SIDES):
         answers = {f"{side}[{i}]": text for side in SIDES for i, text in enumerate(row[side])}
@@ -125,9 +109,8 @@ def read_pair(row: dict[str, Any], encoding: Encoding) -> Example:
 def read_tokens(row: dict[str, Any], encoding: Encoding, names: Sequence[str], masks: Sequence[str]) -> Example:
     ids = []
     for name, mask in zip(names, masks, strict=True):
-        if mask in row and row[mask] is None:
-            raise RowError(f"{mask!r} is missing (null), expected a list of 0s and 1s")
-        ids.append(stored_ids(row[name], row.get(mask), name, encoding.vocab_size))
+        mask_values = (row[mask] or []) if mask in row else None
+        ids.append(stored_ids(row[name], mask_values, name, encoding.vocab_size))
     return Example("tokens", None, ids, names)
 
 
@@ -140,14 +123,14 @@ DATA_LAYOUTS = {  # name -> layout; the first one whose columns exist is used
 }
 
 
-def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversation: bool = False) -> Encoding:
+def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversation: bool) -> Encoding:
     """The format of a data set by its columns and the types in its first row, and the options that decide its tokens.
 
     Raises:
-        InputError: unknown columns, a wrong first row, or a tokenizer that lacks a chat template or EOS.
+        InputError: unknown columns, or a wrong first row.
     """
     features = source.dataset.features
-    layout = next((name for name, known in DATA_LAYOUTS.items() if all(c in features for c in known.columns)), None)
+    layout = next((name for name, known in DATA_LAYOUTS.items() if features.keys() >= set(known.columns)), None)
     if layout is None:
         raise InputError(
             f"{source.name}: needs the columns 'chosen' and 'rejected' (text or messages), or 'input_ids_chosen' and "
@@ -157,7 +140,7 @@ def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversat
     encoding = Encoding(
         data_layout=layout,
         numbers=columns_to_read(features, config, source.name),
-        answer_numbers={name: columns for name, columns in pairs.items() if all(c in features for c in columns)},
+        answer_numbers={name: columns for name, columns in pairs.items() if features.keys() >= set(columns)},
         add_eos=config.add_eos,
         margin_from_scores=config.margin_from_scores,
         chat_template_kwargs=config.chat_template_kwargs or {},
@@ -170,29 +153,26 @@ def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversat
         example = DATA_LAYOUTS[layout].read(source.dataset.select_columns(read).with_format(None)[0], encoding)
     except (RowError, UnicodeDecodeError) as error:
         raise InputError(f"{source.row_name(0)}: {error}") from None
-    has_prompt = example.prompt is not None
-    name = layout
-    if layout == "pair":
-        name = "explicit_prompt" if has_prompt else "implicit_prompt"
     if example.comparisons:
-        name, encoding = "lists" if layout == "pair" else layout, replace(encoding, answer_numbers={})
+        encoding = replace(encoding, answer_numbers={})
         if config.margin_from_scores:
             raise InputError(f"{source.name}: margin_from_scores is for pairs, and rows have several answers")
+    name = layout
+    if layout == "pair":
+        without_lists = "implicit_prompt" if example.prompt is None else "explicit_prompt"
+        name = "lists" if example.comparisons else without_lists
     encoding = replace(encoding, format="tokenized" if example.kind == "tokens" else f"{example.kind}_{name}")
-    if text_as_conversation and example.kind == "text" and has_prompt:
+    if text_as_conversation and example.kind == "text" and example.prompt is not None:
         encoding = replace(encoding, format="conversation_from_text", text_as_conversation=True)
-    if encoding.kind == "text" and config.add_eos and tokenizer.eos_token_id is None:
-        raise InputError(f"{source.name}: the tokenizer has no EOS token to append to text; set add_eos to false")
-    if encoding.kind == "conversation":
-        if not tokenizer.chat_template:
-            fix = "set chat_template_path, or give the data as text"
-            raise InputError(f"{source.name}: conversations need a chat template, the tokenizer has none; {fix}")
-        has_date = "strftime_now" in str(tokenizer.chat_template)
-        if has_date and not any("date" in key for key in encoding.chat_template_kwargs):
-            logger.warning(
-                "the chat template may write today's date into the prompt, so that rewards change from day to day; "
-                'set the date, for most templates with chat_template_kwargs: {"date_string": "26 Jul 2024"}'
-            )
+    if config.text_as_conversation and encoding.format == "text_implicit_prompt":
+        fix = "give the prompts in a column of their own, or set text_as_conversation to false"
+        raise InputError(f"{source.name}: text without a column 'prompt' cannot be made a conversation; {fix}")
+    has_date = encoding.kind == "conversation" and "strftime_now" in str(tokenizer.chat_template)
+    if has_date and not any("date" in key for key in encoding.chat_template_kwargs):
+        logger.warning(
+            "the chat template may write today's date into the prompt, so that rewards change from day to day; "
+            'set the date, for most templates with chat_template_kwargs: {"date_string": "26 Jul 2024"}'
+        )
     return encoding
 
 
@@ -208,6 +188,7 @@ def read_row(row: dict[str, Any], encoding: Encoding) -> Example:
         example.variables = template_variables(row, encoding.chat_template_kwargs)
     example.comparisons = list(example.comparisons or [(0, 1)])
     add_numbers(row, example, encoding)
+    example.id, example.subset = _label(row, "id"), _label(row, "subset")
     return example
 
 
@@ -222,9 +203,8 @@ def add_numbers(row: dict[str, Any], example: Example, encoding: Encoding) -> No
         example.columns[name] = values
     if encoding.margin_from_scores:
         score = example.columns["score"]
-        for value, column in zip(score, encoding.answer_numbers["score"], strict=True):
-            if value != value:
-                raise RowError(f"{column!r} is missing (null), expected a number")
+        for column in encoding.answer_numbers["score"]:
+            expect(row[column], (int, float), repr(column), "a number")
         example.columns["margin"] = [score[chosen] - score[rejected] for chosen, rejected in example.comparisons]
     for c, p_chosen in enumerate(example.columns.get("p_chosen", ())):
         if p_chosen < 0.5:
@@ -242,11 +222,9 @@ def make_example(prompt: Any, answers: dict[str, Any], text_as_conversation: boo
     is a message of the user. A prompt of text beside whole conversations must be one of their messages. The names are
     for error messages. Raises `RowError`.
     """
-    if type(prompt) not in (str, list, type(None)):
-        raise RowError(f"'prompt' is {describe(prompt)}, expected text or messages")
+    expect(prompt, (str, list, type(None)), "'prompt'", "text or messages")
     for name, answer in answers.items():
-        if type(answer) not in (str, list, dict):
-            raise RowError(f"{name!r} is {describe(answer)}, expected text or messages")
+        expect(answer, (str, list, dict), repr(name), "text or messages")
     texts = [name for name, answer in answers.items() if type(answer) is str]
     others = [name for name in answers if name not in texts]
     if text_as_conversation and type(prompt) is str and not others:
@@ -273,13 +251,10 @@ def check_messages(messages: list, name: str) -> list[dict]:
     if not messages:
         raise RowError(f"{name!r} is an empty list, expected one message or more")
     for i, message in enumerate(messages):
-        if type(message) is not dict:
-            raise RowError(f"{name}[{i}] is {describe(message)}, expected a message with role and content")
-        if type(message.get("role")) is not str:
-            raise RowError(f"{name}[{i}]['role'] is {describe(message.get('role'))}, expected text")
-        content = message.get("content")
-        if type(content) not in (str, list) and (content is not None or not message.get("tool_calls")):
-            raise RowError(f"{name}[{i}]['content'] is {describe(content)}, expected text")
+        expect(message, (dict,), f"{name}[{i}]", "a message with role and content")
+        expect(message.get("role"), (str,), f"{name}[{i}]['role']", "text")
+        if message.get("content") is not None or not message.get("tool_calls"):
+            expect(message.get("content"), (str, list), f"{name}[{i}]['content']", "text")
     return without_none(messages)
 
 
@@ -291,49 +266,47 @@ def template_variables(row: dict[str, Any], chat_template_kwargs: dict[str, Any]
         if type(value) is str:
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
-        if type(value) not in (kind, type(None)):
-            raise RowError(f"{name!r} is {describe(value)}, expected {expected}")
+        expect(value, (kind, type(None)), repr(name), expected)
         own[name] = without_none(value)
     return {"tools": own["tools"] or None, **chat_template_kwargs, **(own["chat_template_kwargs"] or {})}
 
 
-def label(row: dict[str, Any], column: str) -> str:
-    """An id or a subset. Raises `RowError`."""
-    if type(row[column]) not in (str, int):
-        raise RowError(f"{column!r} is {describe(row[column])}, expected text or a whole number")
-    return str(row[column])
+def _label(row: dict[str, Any], column: str) -> str | None:
+    if column not in row:
+        return None
+    expect(row[column], (str, int), repr(column), "text or a whole number")
+    text = str(row[column])
+    return text if text.strip() else "(empty)"
 
 
 def _number(value: Any, name: str, column: Column) -> float:
-    if type(value) not in (int, float):
-        raise RowError(f"{name!r} is {describe(value)}, expected a number")
+    expect(value, (int, float), repr(name), "a number")
     if not (abs(value) <= LARGEST and column.low <= value <= column.high):
-        raise RowError(f"{name!r} is {float(value)}, expected {column.expected}")
+        raise RowError(f"{name!r} is {float(value)}, expected a finite number from {column.low:g} to {column.high:g}")
     return float(value)
 
 
 def stored_ids(ids: Any, mask: Any, name: str, vocab_size: int) -> np.ndarray:
     """Token ids (int32) without the positions that the attention mask marks as padding. Raises `RowError`."""
-    if type(ids) is not list:
-        raise RowError(f"{name!r} is {describe(ids)}, expected a list of whole numbers")
-    bad = next((i for i, value in enumerate(ids) if type(value) is not int), None)
-    if bad is not None:
-        raise RowError(f"{name}[{bad}] is {describe(ids[bad])}, expected a whole number")
+    if type(ids) is not list or not set(map(type, ids)) <= {int}:
+        raise RowError(f"{name!r} is not a list of whole numbers")
     if mask is not None and (type(mask) is not list or len(mask) != len(ids) or not set(mask) <= {0, 1}):
         raise RowError(f"{name!r} needs an attention mask of as many 0s and 1s as it has tokens")
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        bad = next(i for i in ids if not 0 <= i < vocab_size)
-        raise RowError(f"{name!r} has the token id {bad}, the tokenizer 0 to {vocab_size - 1}")
+        raise RowError(f"{name!r} has token ids from {min(ids)} to {max(ids)}, the tokenizer 0 to {vocab_size - 1}")
     values = np.array(ids, np.int32)
     return values if mask is None else values[np.array(mask, bool)]
 
 
+def expect(value: Any, types: tuple[type, ...], name: str, expected: str) -> None:
+    """Raise `RowError` unless the value has one of the types."""
+    if type(value) not in types:
+        raise RowError(f"{name} is {describe(value)}, expected {expected}")
+
+
 def describe(value: Any) -> str:
     """What a person would call the type of a JSON value."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return "a number"
-    names = {type(None): "missing (null)", str: "text", list: "a list", dict: "an object", bool: "true or false"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    return TYPES.get(type(value), f"a {type(value).__name__}")
 
 
 def without_none(value: Any) -> Any:

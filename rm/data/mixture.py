@@ -3,16 +3,16 @@
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rm.config.errors import InputError
-from rm.data.audit import count_in_train, pooled_counts
+from rm.data.audit import fingerprint, is_in_train
 from rm.data.cache import tokenize_source
 from rm.data.dataset import PreferenceData, arrays_of, concatenate
-from rm.data.formats import detect_format
 from rm.data.load import BUILDERS, Source, load_source
 
 logger = logging.getLogger(__name__)
@@ -25,20 +25,11 @@ def load_data(tokenizer: Any, config: Any) -> tuple[PreferenceData, PreferenceDa
     `eval_dataset_name` (or its only split), or of each `dataset_name`. On several processes call it inside
     `accelerator.local_main_process_first()`: the first process works, the others read its cache. Raises `InputError`.
     """
-    named = name_sets("dataset_name", config.dataset_name, config.dataset_config)
-    if config.eval_fraction is not None:
-        halves = {name: _hold_out(source, config) for name, source in _read(named, config.dataset_train_split, config)}
-        train = {name: rest.first(config.max_train_samples) for name, (rest, _) in halves.items()}
-        test = {name: held_out.first(config.max_eval_samples) for name, (_, held_out) in halves.items()}
-    else:
-        train = dict(_read(named, config.dataset_train_split, config, config.max_train_samples))
-        test = _evaluation_sources(config, only_split=config.eval_dataset_name is not None)
-    parts = _tokenize(train, tokenizer, config, bool(config.text_as_conversation))
-    mixture = _mix(parts, config)
-    as_conversation = config.text_as_conversation
-    if as_conversation is None:
-        as_conversation = all(p.sets[name].encoding.kind == "conversation" for name, p in parts.items())
-    evaluation = _as_one(_tokenize(test, tokenizer, config, as_conversation))
+    train = _sources(config, "train")
+    test = _sources(config, "test", accept_only_split=config.eval_dataset_name is not None)
+    mixture = _mix(_tokenize(train, tokenizer, config, False), config)
+    as_conversation = all(part.encoding.kind == "conversation" for part in mixture.sets.values())
+    evaluation = concatenate(_tokenize(test, tokenizer, config, as_conversation))
     if config.text_as_conversation is None and any(p.encoding.text_as_conversation for p in evaluation.sets.values()):
         fix = "text_as_conversation=false keeps it text"
         logger.info("evaluation data of text is made conversations, as the training data is; %s", fix)
@@ -48,49 +39,42 @@ def load_data(tokenizer: Any, config: Any) -> tuple[PreferenceData, PreferenceDa
 
 def load_evaluation_data(tokenizer: Any, config: Any, text_as_conversation: bool) -> PreferenceData:
     """The evaluation data alone, for a saved model. A data set's only split is always used. Raises `InputError`."""
-    if config.eval_fraction is not None:
-        named = name_sets("dataset_name", config.dataset_name, config.dataset_config)
-        read = _read(named, config.dataset_train_split, config)
-        sources = {name: _hold_out(source, config)[1].first(config.max_eval_samples) for name, source in read}
-    else:
-        sources = _evaluation_sources(config, only_split=True)
-    if config.text_as_conversation is not None:
-        text_as_conversation = config.text_as_conversation
-    return _as_one(_tokenize(sources, tokenizer, config, text_as_conversation))
+    sources = _sources(config, "test", accept_only_split=True)
+    return concatenate(_tokenize(sources, tokenizer, config, text_as_conversation))
 
 
-def _read(named: dict, split: str, config: Any, max_samples: int | None = None, only_split: bool = False):
-    """(name, source) of each set."""
-    for name, (place, dataset_config) in named.items():
-        options = {"split": split, "max_samples": max_samples, "seed": config.seed, "accept_only_split": only_split}
-        yield name, load_source(place, dataset_config=dataset_config, **options)
-
-
-def _evaluation_sources(config: Any, only_split: bool) -> dict[str, Source]:
+def _sources(config: Any, part: str, accept_only_split: bool = False) -> dict[str, Source]:
+    """The rows of each set for the part "train" or "test"."""
     named = name_sets("dataset_name", config.dataset_name, config.dataset_config)
-    if config.eval_dataset_name is not None:
+    if part == "test" and config.eval_dataset_name is not None:
         named = name_sets("eval_dataset_name", config.eval_dataset_name, config.eval_dataset_config)
-    return dict(_read(named, config.dataset_test_split, config, config.max_eval_samples, only_split))
+    is_held_out = config.eval_fraction is not None
+    split = config.dataset_train_split if part == "train" or is_held_out else config.dataset_test_split
+    max_samples = config.max_train_samples if part == "train" else config.max_eval_samples
+    first = None if is_held_out else max_samples
+    options = {"split": split, "seed": config.seed, "max_samples": first, "accept_only_split": accept_only_split}
+    sources = {}
+    for name, (place, dataset_config) in named.items():
+        source = load_source(place, dataset_config=dataset_config, **options)
+        sources[name] = _hold_out(source, part, config).first(max_samples) if is_held_out else source
+    return sources
 
 
-def _tokenize(sources: dict[str, Source], tokenizer: Any, config: Any, text_as_conversation: bool) -> dict:
-    parts = {}
-    for name, source in sources.items():
-        encoding = detect_format(source, config, tokenizer, text_as_conversation)
-        if config.text_as_conversation and encoding.format == "text_implicit_prompt":
-            fix = "give the prompts in a column of their own, or set text_as_conversation to false"
-            raise InputError(f"{source.name}: text without a column 'prompt' cannot be made a conversation; {fix}")
-        parts[name] = tokenize_source(source, name, tokenizer, encoding, config.dataset_num_proc)
-    return parts
+def _hold_out(source: Source, part: str, config: Any) -> Source:
+    """A random `eval_fraction` of the rows ("test"), or the rest ("train"), in the order of the data set."""
+    num_rows, fraction = len(source.dataset), config.eval_fraction
+    num_test = max(1, round(fraction * num_rows))
+    if num_test >= num_rows:
+        raise InputError(f"{source.name}: eval_fraction={fraction} of {num_rows} rows leaves none to train on")
+    order = np.random.default_rng(config.seed).permutation(num_rows)
+    return source.select(np.sort(order[:num_test] if part == "test" else order[num_test:]))
 
 
-def _as_one(parts: dict[str, PreferenceData]) -> PreferenceData:
-    """All prompts of the sets, set after set."""
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    whole = concatenate(parts, {})
-    audits = [part.audit for part in parts.values()]
-    return concatenate(parts, pooled_counts(audits, arrays_of(whole.dataset)))
+def _tokenize(sources: dict[str, Source], tokenizer: Any, config: Any, as_conversation: bool) -> dict:
+    """{name: `PreferenceData`} of each set; the option `text_as_conversation` overrides `as_conversation`."""
+    if config.text_as_conversation is not None:
+        as_conversation = config.text_as_conversation
+    return {n: tokenize_source(source, n, tokenizer, config, as_conversation) for n, source in sources.items()}
 
 
 def _mix(parts: dict[str, PreferenceData], config: Any) -> PreferenceData:
@@ -99,18 +83,23 @@ def _mix(parts: dict[str, PreferenceData], config: Any) -> PreferenceData:
     Raises:
         InputError: nothing is drawn from a set.
     """
-    weights = config.dataset_weights or [1.0] * len(parts)
-    whole, rows = _as_one(parts), []
-    for number, (part, weight) in enumerate(zip(parts.values(), weights, strict=True)):
-        rows.append(draw(len(part), weight, [config.seed, number]))
-        ((_, info),) = part.sets.items()
-        if not len(rows[-1]):
-            raise InputError(f"{info.source.name}: dataset_weights={weight:g} draws none of {len(part)} pairs")
-        if len(parts) > 1 or weight != 1:
-            info.audit.update(weight=weight, drawn=len(rows[-1]))
-    drawn = sum(map(len, rows))
-    audit = whole.audit | ({"drawn": drawn} if len(parts) > 1 else {})
-    return concatenate(parts, audit, None if all(weight == 1 for weight in weights) else rows)
+    whole, weights = concatenate(parts), config.dataset_weights or [1.0] * len(parts)
+    if weights == [1.0]:
+        return whole
+    rows, sets, start = [], {}, 0
+    for number, ((name, info), weight) in enumerate(zip(whole.sets.items(), weights, strict=True)):
+        drawn = draw(info.size, weight, [config.seed, number])
+        if not len(drawn):
+            raise InputError(f"{info.source.name}: dataset_weights={weight:g} draws none of {info.size} pairs")
+        rows.append(start + drawn)
+        sets[name] = replace(info, size=len(drawn), audit=info.audit | {"weight": weight, "drawn": len(drawn)})
+        start += info.size
+    audit = whole.audit | {"drawn": sum(map(len, rows))} | ({"weight": weights[0]} if len(parts) == 1 else {})
+    whole = replace(whole, sets=sets, audit=audit)
+    if all(weight == 1 for weight in weights):
+        return whole
+    dataset = whole.dataset.select(np.concatenate(rows))
+    return replace(whole, dataset=dataset, fingerprint=fingerprint(arrays_of(dataset)))
 
 
 def draw(num_prompts: int, weight: float, seed: list[int]) -> np.ndarray:
@@ -126,28 +115,16 @@ def draw(num_prompts: int, weight: float, seed: list[int]) -> np.ndarray:
 
 def _count_in_train(train: PreferenceData, test: PreferenceData) -> None:
     """Count `in_train` of every evaluation set, and warn."""
-    known, total, start = arrays_of(train.dataset), 0, 0
-    for part in test.sets.values():
-        rows = test.dataset.select(range(start, start + part.size)) if test.are_several else test.dataset
-        part.audit["in_train"] = count = count_in_train(known, arrays_of(rows))
-        total, start = total + count, start + part.size
+    found = is_in_train(arrays_of(train.dataset), arrays_of(test.dataset))
+    counts = found.groupby(test.set_names[test.comparisons["index"]]).sum()
+    for name, part in test.sets.items():
+        part.audit["in_train"] = count = int(counts[name])
         if count:
             logger.warning(
                 "%s: %d of the %d test pairs are in the train set too; their accuracy says nothing about new data",
                 *(part.source.name, count, part.audit["kept"]),
             )
-    test.audit["in_train"] = total
-
-
-def _hold_out(source: Source, config: Any) -> tuple[Source, Source]:
-    """(rest, random `eval_fraction`) of the rows, each in the order of the data set, which reads faster from disk."""
-    num_rows, fraction = len(source.dataset), config.eval_fraction
-    num_test = max(1, round(fraction * num_rows))
-    if num_test >= num_rows:
-        raise InputError(f"{source.name}: eval_fraction={fraction} of {num_rows} rows leaves none to train on")
-    order = np.random.default_rng(config.seed).permutation(num_rows)
-    test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
-    return source.select(train), source.select(test)
+    test.audit["in_train"] = int(found.sum())
 
 
 # ---------------------------------------------------------------- names
@@ -183,5 +160,4 @@ def _short_names(option: str, places: list[str], configs: list[str | None]) -> l
         if len(set(names)) == len(names):
             return names
     twice = next(place for place in places if places.count(place) > 1)
-    fix = "use dataset_weights to train on it more often" if option == "dataset_name" else "give it once"
-    raise InputError(f"{option}: {twice} is given twice; {fix}")
+    raise InputError(f"{option}: {twice} is given twice; give it once (dataset_weights can repeat its rows)")

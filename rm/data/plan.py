@@ -4,8 +4,6 @@ Everything here is a pure function of (seed, step, number of processes). Which p
 alone. How they are split into rows and micro-batches depends on the hardware and changes results by rounding only.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Sequence
@@ -115,10 +113,8 @@ def plan_micro_batches(
     row_tokens = micro_batch_tokens if layout.by_tree else min(ROW_TOKENS, micro_batch_tokens)
     for share in balance(costs, num_processes):
         share_costs = costs[share]
-        if layout.name == "shared_prefix":
-            rows = pack_rows(share_costs, row_tokens)
-        else:
-            rows = [[i] for i in range(len(share))]
+        is_packed = layout.name == "shared_prefix"
+        rows = pack_rows(share_costs, row_tokens) if is_packed else [[i] for i in range(len(share))]
         widths = [int(share_costs[row].sum()) for row in rows]
         groups = split_micro_batches(rows, widths, micro_batch_tokens)
         plans.append([MicroBatch([[int(indices[share[i]]) for i in row] for row in group]) for group in groups])
@@ -137,13 +133,7 @@ class StepPlan:
     """
 
     def __init__(
-        self,
-        data: Any,
-        layout: Layout,
-        config: Any,
-        train_batch_size: int,
-        process_index: int = 0,
-        num_processes: int = 1,
+        self, data: Any, layout: Layout, config: Any, train_batch_size: int, process_index: int, num_processes: int
     ):
         self.costs, self.num_prompts = data.costs(layout), len(data)
         self.layout, self.train_batch_size = layout, train_batch_size
@@ -164,9 +154,8 @@ class StepPlan:
     def step(self, step: int) -> tuple[list[MicroBatch], int]:
         """This process's micro-batches of optimizer step `step`, and the number of prompts over all processes."""
         prompts = self.prompts(step)
-        plans = plan_micro_batches(
-            prompts, self.costs[prompts], self.layout, self.micro_batch_tokens, self.num_processes
-        )
+        costs = self.costs[prompts]
+        plans = plan_micro_batches(prompts, costs, self.layout, self.micro_batch_tokens, self.num_processes)
         return plans[self.process_index], len(prompts)
 
     def halve_micro_batches(self, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Examples to token ids, for training, evaluation and scoring: sequences, trees, truncation."""
+"""Examples to texts to token ids, for training, evaluation and scoring: chat template, sequences, trees, truncation."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ import numpy as np
 
 from rm.data.formats import Encoding, Example, RowError
 from rm.data.load import one_line
-from rm.data.render import render
 
 
 @dataclass(frozen=True)
@@ -40,27 +39,31 @@ def encode_examples(
     Text is prompt + answer as one string with the tokenizer's special tokens, then EOS (`add_eos`). A conversation is
     rendered as a whole by the chat template, which writes its own special tokens. Token ids are taken as they are.
     """
-    found = [example.answers if isinstance(example, Example) else example for example in examples]
-    written = [i for i, e in enumerate(examples) if isinstance(e, Example) and e.kind != "tokens"]
-    for i, texts in zip(written, render([examples[i] for i in written], tokenizer), strict=True):
-        found[i] = texts
-    for kind in ("text", "conversation"):
-        places = [i for i in written if examples[i].kind == kind and isinstance(found[i], list)]
-        texts = [text for i in places for text in found[i]]
-        end = [tokenizer.eos_token_id] if kind == "text" and encoding.add_eos else []
-        ids = iter(_token_ids(texts, tokenizer, kind == "text", end))
+    good = [example for example in examples if isinstance(example, Example)]
+    try:
+        encoded = _encode(good, tokenizer, encoding)
+    except RowError as error:  # of one of them: the tokenizer does not say which
+        one_by_one = ([example] for example in good)
+        encoded = [error] if len(good) == 1 else [encode_examples(e, tokenizer, encoding)[0] for e in one_by_one]
+    rest = iter(encoded)
+    return [next(rest) if isinstance(example, Example) else example for example in examples]
+
+
+def _encode(examples: list[Example], tokenizer: Any, encoding: Encoding) -> list[list[np.ndarray]]:
+    found = [example.answers for example in examples]
+    for kind in {example.kind for example in examples} - {"tokens"}:
+        places = [i for i, example in enumerate(examples) if example.kind == kind]
+        texts = [text for i in places for text in render(examples[i], tokenizer)]
+        ids = iter(_token_ids(texts, tokenizer, kind == "text", kind == "text" and encoding.add_eos))
         for i in places:
-            sequences = [next(ids) for _ in found[i]]
-            found[i] = next((s for s in sequences if isinstance(s, RowError)), sequences)
+            found[i] = [next(ids) for _ in found[i]]
     return found
 
 
-def _token_ids(texts: list[str], tokenizer: Any, add_special_tokens: bool, end: list[int | None]) -> list:
-    """The token ids of every text, then `end` unless they end with it (an empty text stays empty); or a `RowError`."""
-    if not texts:
-        return []
-    if end == [None]:
-        return [RowError("the tokenizer has no EOS token to append to text; set add_eos to false")] * len(texts)
+def _token_ids(texts: list[str], tokenizer: Any, add_special_tokens: bool, add_eos: bool) -> list[np.ndarray]:
+    """The token ids of every text, then EOS unless they end with it; an empty text stays empty. Raises `RowError`."""
+    if add_eos and tokenizer.eos_token_id is None:
+        raise RowError("the tokenizer has no EOS token to append to text; set add_eos to false")
     try:
         if hasattr(tokenizer, "backend_tokenizer"):  # without the offsets, which take a third of the time
             tokenizer("")  # resets padding and truncation, which an earlier call may have set
@@ -68,18 +71,43 @@ def _token_ids(texts: list[str], tokenizer: Any, add_special_tokens: bool, end: 
             found = [encoding.ids for encoding in encode(texts, add_special_tokens=add_special_tokens)]
         else:
             found = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    except Exception as error:  # half of a surrogate pair, for example; the library does not say which text
-        if len(texts) == 1:
-            return [RowError(f"the tokenizer cannot read the text: {one_line(error)}")]
-        return [_token_ids([text], tokenizer, add_special_tokens, end)[0] for text in texts]
-    return [np.array(ids if not ids or not end or ids[-1:] == end else ids + end, np.int32) for ids in found]
+    except Exception as error:  # half of a surrogate pair, for example
+        raise RowError(f"the tokenizer cannot read the text: {one_line(error)}") from None
+    end = [tokenizer.eos_token_id]
+    return [np.array(ids + end if add_eos and ids and ids[-1:] != end else ids, np.int32) for ids in found]
+
+
+def render(example: Example, tokenizer: Any) -> list[str]:
+    """The N texts that are tokenized of an example (kind "text" or "conversation"), prompt included.
+
+    Raises:
+        RowError: the tokenizer has no chat template, or it rejects the messages.
+    """
+    if example.kind == "text":
+        return [(example.prompt or "") + answer for answer in example.answers]
+    if not tokenizer.chat_template:
+        fix = "set chat_template_path, or give the data as text"
+        raise RowError(f"conversations need a chat template, the tokenizer has none; {fix}")
+    conversations = [(example.prompt or []) + answer for answer in example.answers]
+    try:
+        return tokenizer.apply_chat_template(conversations, tokenize=False, **example.variables)
+    except Exception as error:  # Jinja's errors, and any that a template causes in Python
+        raise RowError(f"the chat template rejects the messages: {one_line(error)}") from None
+
+
+def is_blank(answer: Any) -> bool:
+    """Whether an answer (text, or messages by their last one) has no content."""
+    if isinstance(answer, str):
+        return not answer.strip()
+    content = answer[-1].get("content") or ""
+    return not (content.strip() if isinstance(content, str) else content) and not answer[-1].get("tool_calls")
 
 
 def shared_prefix_length(*sequences: np.ndarray) -> int:
     """Number of equal leading tokens, such that each sequence keeps at least one token of its own."""
     limit = max(min(map(len, sequences)) - 1, 0)
-    first, *others = (ids[:limit] for ids in sequences)
-    differ = np.any([ids != first for ids in others], axis=0) if others else np.zeros(0, bool)
+    table = np.stack([ids[:limit] for ids in sequences])
+    differ = (table != table[0]).any(axis=0)
     return int(differ.argmax()) if differ.any() else limit
 
 
@@ -112,20 +140,16 @@ class Usable:
     truncated: bool = False
 
 
-def usable_part(
-    sequences: list[np.ndarray],
-    blank: Sequence[bool],
-    comparisons: list[tuple[int, int]],
-    encoding: Encoding,
-    bos: int | None,
-) -> Usable:
+def usable_part(example: Example, sequences: list[np.ndarray], encoding: Encoding, bos: int | None) -> Usable:
     """Drop empty, over-length and repeated answers with their comparisons; or truncate (`overlength`).
 
     A comparison is dropped as "empty" (a blank answer, or one without tokens), "identical" (both answers have the same
     tokens) or "over_length". Answers with the same tokens are one answer.
     """
     limit = encoding.max_length or math.inf
-    is_empty = [no_text or not len(ids) for no_text, ids in zip(blank, sequences, strict=True)]
+    is_empty = [not len(ids) for ids in sequences]
+    if example.kind != "tokens":
+        is_empty = [is_blank(answer) or empty for answer, empty in zip(example.answers, is_empty, strict=True)]
     is_long = [len(ids) > limit for ids in sequences]
     truncated = encoding.overlength == "truncate_left" and any(is_long)
     if truncated:
@@ -133,9 +157,10 @@ def usable_part(
         for n, ids in zip(present, truncate_left([sequences[n] for n in present], int(limit), bos), strict=True):
             sequences[n] = ids
         is_long = [False] * len(sequences)
-    same = _first_of_equal(sequences)
+    first: dict[bytes, int] = {}
+    same = [first.setdefault(ids.tobytes(), n) for n, ids in enumerate(sequences)]  # the first with these tokens
     dropped, kept = {"empty": 0, "identical": 0, "over_length": 0}, []
-    for c, (chosen, rejected) in enumerate(comparisons):
+    for c, (chosen, rejected) in enumerate(example.comparisons):
         if is_empty[chosen] or is_empty[rejected]:
             dropped["empty"] += 1
         elif same[chosen] == same[rejected]:
@@ -148,11 +173,6 @@ def usable_part(
         return Usable(None, [], [], [], dropped)
     answers = [n for n in range(len(sequences)) if same[n] == n and not is_empty[n] and not is_long[n]]
     place = {n: i for i, n in enumerate(answers)}
-    pairs = [(place[same[chosen]], place[same[rejected]]) for chosen, rejected in (comparisons[c] for c in kept)]
+    compared = [example.comparisons[c] for c in kept]
+    pairs = [(place[same[chosen]], place[same[rejected]]) for chosen, rejected in compared]
     return Usable(make_tree([sequences[n] for n in answers]), answers, pairs, kept, dropped, truncated)
-
-
-def _first_of_equal(sequences: Sequence[np.ndarray]) -> list[int]:
-    """For each sequence the index of the first one with the same tokens."""
-    first: dict[bytes, int] = {}
-    return [first.setdefault(ids.tobytes(), n) for n, ids in enumerate(sequences)]

@@ -8,17 +8,13 @@ possible accuracy is known: E[max(p, 1 - p)], about 0.85 here.
 """
 
 import hashlib
-import itertools
 import math
 import random
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import datasets
-import pyarrow as pa
-from datasets import Dataset, Features, Value
-from filelock import FileLock
+from datasets import Dataset
 
 # ---------------------------------------------------------------- the true reward, in log-odds
 
@@ -58,13 +54,6 @@ REFUSAL = "sorry, i can not help with that."
 REPETITION = "again,"
 JOINTS = (", then ", ", and ", ". next, ")
 CLOSINGS = ("", "", "", "", "good luck!", "i hope this helps.", "now leave me alone.", "but i may be wrong.")
-
-MESSAGES = [{"role": Value("string"), "content": Value("string")}]
-FEATURES = Features(
-    {"id": Value("string"), "subset": Value("string")}
-    | dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES)
-    | dict.fromkeys(("score_chosen", "score_rejected", "true_margin"), Value("float64"))
-)
 
 
 def true_reward(prompt_messages: list[dict], answer_text: str) -> float:
@@ -140,10 +129,10 @@ def _draw_pairs(split: str, num_pairs: int, seed: int) -> Iterator[dict]:
         answer_a = answer_b = _draw_answer(rng, task)
         while answer_b == answer_a:
             answer_b = _draw_answer(rng, task)
-        reward_a, reward_b = true_reward(prompt, answer_a), true_reward(prompt, answer_b)
-        a_is_chosen = rng.random() < 1 / (1 + math.exp(reward_b - reward_a))  # Bradley-Terry
-        chosen, rejected = (answer_a, answer_b) if a_is_chosen else (answer_b, answer_a)
-        score_chosen, score_rejected = (reward_a, reward_b) if a_is_chosen else (reward_b, reward_a)
+        chosen, rejected = answer_a, answer_b
+        score_chosen, score_rejected = true_reward(prompt, chosen), true_reward(prompt, rejected)
+        if rng.random() >= 1 / (1 + math.exp(score_rejected - score_chosen)):  # Bradley-Terry
+            chosen, rejected, score_chosen, score_rejected = rejected, chosen, score_rejected, score_chosen
         yield {
             "id": f"{split}-{index}",
             "subset": subset,
@@ -159,23 +148,9 @@ def _draw_pairs(split: str, num_pairs: int, seed: int) -> Iterator[dict]:
 def toy_dataset(split: str, num_pairs: int, seed: int = 0) -> Dataset:
     """`num_pairs` preference pairs of `split` ("train" or "test"), a pure function of the arguments.
 
-    The first N are the same whatever `num_pairs`; the two splits have no prompt in common. Columns: `FEATURES`, with
-    scores and `true_margin` (chosen minus rejected) in log-odds. The pairs are drawn once into the cache of `datasets`
-    and read from disk; processes that ask at the same moment wait for the one that draws.
+    The first N are the same whatever `num_pairs`; the two splits have no prompt in common. Scores and `true_margin`
+    (chosen minus rejected) are in log-odds. The pairs are drawn once into the cache of `datasets`.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"the toy data has the splits 'train' and 'test', not {split!r}")
-    if num_pairs < 1:
-        raise ValueError(f"the toy data needs at least one pair, not {num_pairs}")
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    path = Path(datasets.config.HF_DATASETS_CACHE, "toy", f"{split}-{num_pairs}-{seed}-{code}.arrow")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            incomplete = path.with_suffix(".incomplete")
-            rows = _draw_pairs(split, num_pairs, seed)
-            with pa.OSFile(str(incomplete), "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
-                while batch := list(itertools.islice(rows, 1000)):
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=FEATURES.arrow_schema))
-            incomplete.replace(path)
-    return Dataset.from_file(str(path), split=split)
+    arguments = {"split": split, "num_pairs": num_pairs, "seed": seed}
+    key = hashlib.sha256(Path(__file__).read_bytes() + str(arguments).encode()).hexdigest()[:32]
+    return Dataset.from_generator(_draw_pairs, gen_kwargs=arguments, split=split, fingerprint=key)

@@ -6,37 +6,27 @@ python -m rm.evaluate --model OUT --compare OTHER_OUT               # and the di
 python -m rm.evaluate --model OUT --mistakes 20 --output FOLDER     # the worst pairs; keep table, metrics, intervals
 """
 
-from __future__ import annotations
-
 import json
 import logging
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import Accelerator
 from rich.console import Console
 
-from rm.config.cli import parse
+from rm.config.cli import parse, run_program
 from rm.config.errors import InputError
-from rm.config.files import finite, write_text
+from rm.config.files import finite, write_file
 from rm.config.options import DataOptions, DatasetOptions, LossOptions, QuantizationOptions, RewardConfig
-from rm.config.redact import safe_line
 from rm.config.section import Section, fields_of, option
 from rm.data.mixture import load_evaluation_data
-from rm.evaluate.compare import compare_tables
-from rm.evaluate.evaluator import NUM_MISTAKES, Evaluator
+from rm.evaluate.evaluator import NUM_MISTAKES, Evaluator, metrics_table
 from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
-from rm.evaluate.slices import slices
-from rm.evaluate.table import worst, write_table
-from rm.evaluate.terminal import metrics_table
+from rm.evaluate.table import compare_tables, slices, worst
 from rm.forward import choose_layout
-from rm.model.load import load_saved_model, load_tokenizer
-from rm.model.precision import is_half_precision, set_tf32
-from rm.model.reward_model import check_positions
-from rm.model.saved import RENDERED, conversations_from_text, recorded_config
+from rm.model.load import check_positions, load_saved_model, load_tokenizer
+from rm.model.reward_model import is_half_precision, set_tf32
+from rm.model.saved import conversations_from_text, recorded_config
 from rm.visualize_samples import reward_table, write_records
 
 logger = logging.getLogger(__name__)
@@ -66,11 +56,10 @@ def evaluator_of(config: RewardConfig, accelerator: Accelerator) -> Evaluator:
     as_conversation, why = conversations_from_text(config, tokenizer)
     with accelerator.local_main_process_first():
         data = load_evaluation_data(tokenizer, config, as_conversation)
-    text_formats = ("text_explicit_prompt", "text_lists", "conversation_from_text")
-    if any(part.encoding.format in text_formats for part in data.sets.values()):
-        logger.info(RENDERED, "conversations" if as_conversation else "text", why)
+    if tokenizer.chat_template:
+        logger.info(why)
+    check_positions(config, data.audit["max_tokens"])
     model = load_saved_model(config.model_name_or_path, tokenizer, config)
-    check_positions(model.config, data.audit["max_tokens"])
     is_half = is_half_precision(model, accelerator.mixed_precision, config.tf32)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     layout = choose_layout(config.layout, model, data, tokenizer.pad_token_id, 5e-2 if is_half else 1e-4)
@@ -81,13 +70,12 @@ def main(argv: list[str]) -> dict[str, float]:
     """Print a table, and then metrics and intervals as one line of JSON; returns the metrics."""
     own, given = parse(argv, Evaluation, accepts=ACCEPTS)
     output = own.output and Path(own.output)
-    if output and (output.is_file() or not output.absolute().parent.is_dir()):
-        raise InputError(f"command line: output={output}: must be a folder, or a new one in a folder that exists")
+    if output and output.is_file():
+        raise InputError(f"command line: output={output}: must be a folder")
     config = recorded_config(own.model, given)
     if own.compare:
         other_config = recorded_config(own.compare, given | {k: getattr(config, k) for k in SAME_DATA})
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
-    config = replace(config, mixed_precision=accelerator.mixed_precision)
     set_tf32(config.tf32)
 
     evaluator = evaluator_of(config, accelerator)  # collective
@@ -97,18 +85,18 @@ def main(argv: list[str]) -> dict[str, float]:
         other = evaluator_of(other_config, accelerator).scored_table()  # collective
         values, ends = compare_tables(table, other, config)
         metrics, intervals = metrics | values, intervals | ends
+    rows = worst(table, own.mistakes or NUM_MISTAKES) if own.mistakes or output else []
+    mistakes = evaluator.records(table, rows)  # collective
     if accelerator.is_main_process:
-        evaluator.warn_of_nonfinite(table)
         console = Console()
-        title = f"Evaluation of {own.model}"
-        console.print(metrics_table(title, metrics, intervals, with_meaning=console.width >= 110))
-        mistakes = evaluator.records(table, worst(table, own.mistakes or NUM_MISTAKES))
+        console.print(metrics_table(f"Evaluation of {own.model}", metrics, intervals, console.width >= 110))
         if mistakes and own.mistakes:
             console.print(reward_table(mistakes, console, f"The {len(mistakes)} worst mistakes, the worst first"))
         if output:
             record = {"metrics": metrics, "intervals": intervals, "slices": slices(table)}
-            write_table(table, output / "table.parquet")
-            write_text(output / "metrics.json", json.dumps(finite(record), indent=2))
+            output.mkdir(parents=True, exist_ok=True)
+            write_file(output / "table.parquet", table.to_parquet(index=False))
+            write_file(output / "metrics.json", json.dumps(finite(record), indent=2))
             write_records(output / "mistakes.jsonl", mistakes)
         print(json.dumps(finite(metrics | {"intervals": intervals})), flush=True)
     accelerator.end_training()
@@ -116,10 +104,4 @@ def main(argv: list[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of weights that load in no time
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(print(safe_line(f"error: {error}"), file=sys.stderr) or 2)
+    run_program(main)

@@ -1,28 +1,32 @@
-"""The evaluations of a training run: score the held-out prompts, log the metrics, show samples."""
+"""The evaluations of a training run: score the held-out prompts, log the metrics, show samples and results."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
-from rm.config.files import finite
+from rm.config.files import finite, write_file
 from rm.config.options import RewardConfig
 from rm.data.dataset import PreferenceData
 from rm.data.plan import Layout
-from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
-from rm.evaluate.slices import slices
-from rm.evaluate.table import evaluation_table, worst, write_table
-from rm.evaluate.token_rewards import TokenRewards, token_rewards
+from rm.data.tokenize import Tree
+from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics, find_metric
+from rm.evaluate.table import evaluation_table, slices, worst
 from rm.forward import without_autocast
-from rm.model.precision import cast_weights
-from rm.model.reward_model import unwrapped
+from rm.model.reward_model import cast_weights, unwrapped
 from rm.score.rewards import TreeList, score_prompts
 from rm.visualize_samples import sample_records, visualize_samples, write_records
 
@@ -31,13 +35,17 @@ logger = logging.getLogger(__name__)
 NUM_MISTAKES = 20  # comparisons in mistakes.jsonl
 MAX_TOKEN_REWARDS = 64  # prompts of one call with token rewards: showing all prompts costs no second evaluation
 
+Intervals = Mapping[str, tuple[float, float]]
+FINAL = (  # rows of the table at the end of a run
+    "eval/accuracy eval/accuracy_ceiling eval/longer_answer_baseline_accuracy eval/loss eval/prompt_only_baseline_loss "
+    "eval/ece eval/margin eval/pairs train/steps train/best_step speed/train_seconds speed/pairs_per_second"
+).split()
+
 
 class Evaluator:
-    """Scores the held-out prompts, logs the metrics and shows samples. Its methods but the last two are collective.
+    """Scores the held-out prompts, logs the metrics and shows samples. All methods are collective.
 
-    Args:
-        run: a `rm.train.run_dir.Run`, whose directory gets tables and samples; None: nothing is written.
-        log: a `rm.log.trackers.RunLog`.
+    `run` (`rm.train.run_dir.Run`) and `log` (`rm.log.trackers.RunLog`) get tables, samples and metrics of a training.
     """
 
     def __init__(
@@ -59,14 +67,12 @@ class Evaluator:
         """Evaluate after optimizer step `step`; returns the metrics."""
         table = self.scored_table()  # collective
         metrics = evaluation_metrics(table, self.config)
-        first = np.flatnonzero(~self.data.comparisons["index"].duplicated())  # comparison of each prompt
-        rows = first[self.data.first_of_each(self.config.num_print_samples)].tolist()
-        tokens = self.token_rewards(rows)  # collective
+        prompts = self.data.first_of_each(self.config.num_print_samples)
+        rows = np.searchsorted(self.data.comparisons["index"], prompts).tolist()  # the first comparison of each
+        records = self.records(table, rows, step)  # collective
         if self.accelerator.is_main_process:
-            write_table(table, self.run.file(f"eval/step-{step}.parquet"))
+            write_file(self.run.file(f"eval/step-{step}.parquet"), table.to_parquet(index=False))
             self.log.log(metrics, step)
-            self.warn_of_nonfinite(table)
-            records = self.records(table, rows, tokens, step)
             if records:
                 self.run.file(f"samples/step-{step}.jsonl")
             visualize_samples(records, step=step, output_dir=self.run.folder, run_log=self.log)
@@ -76,65 +82,121 @@ class Evaluator:
         self, data: PreferenceData, rows: Sequence[int] | None = None, every_token: bool = False
     ) -> list[np.ndarray]:
         """Rewards of the N answers of each prompt of `data`, or of some (`rows`), float64 [N]; see `score_prompts`."""
-        prompts = data if rows is None else TreeList(data.trees(rows))
+        some = data if rows is None else TreeList(data.trees(rows))
         with cast_weights(self.model, self.config.eval_dtype):
-            options = (self.layout, self.micro_batch_tokens, self.accelerator, every_token)
-            return score_prompts(self.model, prompts, *options)
+            return score_prompts(self.model, some, self.layout, self.micro_batch_tokens, self.accelerator, every_token)
 
     def scored_table(self) -> pd.DataFrame:
-        """The evaluation table with the model's rewards."""
-        rewards, frame = self.score(self.data), self.data.comparisons
-        num_answers = np.array([len(r) for r in rewards])
-        first, flat = (np.cumsum(num_answers) - num_answers)[frame["index"]], np.concatenate(rewards)
-        return self.table.assign(**{f"reward_{side}": flat[first + frame[side]] for side in ("chosen", "rejected")})
-
-    def token_rewards(self, rows: Sequence[int]) -> list[tuple[TokenRewards, TokenRewards] | None]:
-        """Token rewards (chosen, rejected) of these rows of the table; None for rows after `MAX_TOKEN_REWARDS`. An
-        encoder has none: the list is empty."""
-        if not unwrapped(self.model).is_causal:
-            return []
-        frame = self.data.comparisons.iloc[list(rows)[:MAX_TOKEN_REWARDS]]
-        prompts = frame["index"].tolist()
-        found: list[tuple[TokenRewards, TokenRewards] | None] = []
-        values = self.score(self.data, prompts, every_token=True)
-        for tree, rewards, chosen, rejected in zip(
-            self.data.trees(prompts), values, frame["chosen"], frame["rejected"], strict=True
-        ):
-            answers = token_rewards(self.data.tokenizer, tree, rewards)
-            found.append((answers[chosen], answers[rejected]))
-        return found + [None] * (len(rows) - len(found))
+        """The evaluation table with the model's rewards. Warns of rewards that are not finite."""
+        rewards, frame, table = self.score(self.data), self.data.comparisons, self.table.copy()
+        for side in ("chosen", "rejected"):
+            table[f"reward_{side}"] = [rewards[i][n] for i, n in zip(frame["index"], frame[side], strict=True)]
+        bad = np.flatnonzero(~np.isfinite(table[["reward_chosen", "reward_rejected"]]).all(axis=1))
+        if len(bad) and self.accelerator.is_main_process:
+            names = ", ".join(self.data.ids(frame["index"].iloc[bad[:10]])) + (", ..." if len(bad) > 10 else "")
+            logger.warning(f"the rewards of {len(bad)} of {len(table)} evaluation pairs are not finite: {names}")
+        return table
 
     def details(self, step: int) -> dict[str, Any]:
         """Intervals and slices of the evaluation after `step` for results.json; writes mistakes.jsonl."""
-        is_main = self.accelerator.is_main_process
-        table = pd.read_parquet(self.run.folder / "eval" / f"step-{step}.parquet") if is_main else None
-        (table,) = broadcast_object_list([table])
-        rows = worst(table, NUM_MISTAKES)
-        tokens = self.token_rewards(rows)  # collective
-        if not is_main:
-            return {}
-        write_records(self.run.file("mistakes.jsonl"), self.records(table, rows, tokens, step))
+        is_main, file = self.accelerator.is_main_process, self.run.folder / "eval" / f"step-{step}.parquet"
+        (table,) = broadcast_object_list([pd.read_parquet(file) if is_main else None])  # collective
+        mistakes = self.records(table, worst(table, NUM_MISTAKES), step)  # collective
+        if is_main:
+            write_records(self.run.file("mistakes.jsonl"), mistakes)
         return {"intervals": finite(evaluation_intervals(table, self.config)), "slices": finite(slices(table))}
 
-    def export_check(self, count: int = 8) -> dict[str, Any]:
+    def export_check(self) -> dict[str, Any]:
         """Token ids and rewards of the answers of some prompts without autocast, as transformers serves the model."""
-        some = TreeList(self.data.trees(range(min(count, len(self.data)))))
+        some = TreeList(self.data.trees(range(len(self.data))[:8]))
         with without_autocast(self.model):
             rewards = score_prompts(self.model, some, self.layout, self.micro_batch_tokens, self.accelerator)
-        sequences = [ids.tolist() for tree in some.items for ids in tree.sequences()]
+        sequences = [ids.tolist() for tree in some for ids in tree.sequences()]
         return {"sequences": sequences, "rewards": np.concatenate(rewards).tolist()}
 
-    def records(
-        self, table: pd.DataFrame, rows: Sequence[int], tokens: Sequence = (), step: int | None = None
-    ) -> list[dict[str, Any]]:
-        """Records of these rows of the table with their texts (`rm.visualize_samples.sample_records`)."""
-        texts = [self.data.comparison_texts(row) for row in rows]
+    def records(self, table: pd.DataFrame, rows: Sequence[int], step: int | None = None) -> list[dict[str, Any]]:
+        """Records (`sample_records`) of these rows of the table; the first `MAX_TOKEN_REWARDS` of a causal model have
+        token rewards."""
+        texts, tokens = [self.data.comparison_texts(row) for row in rows], [None] * len(rows)
+        if unwrapped(self.model).is_causal:
+            frame = self.data.comparisons.iloc[rows[:MAX_TOKEN_REWARDS]]
+            prompts = frame["index"].tolist()
+            values = self.score(self.data, prompts, every_token=True)  # collective
+            answers = map(partial(token_rewards, self.data.tokenizer), self.data.trees(prompts), values)
+            for i, (found, *sides) in enumerate(zip(answers, frame["chosen"], frame["rejected"], strict=True)):
+                tokens[i] = tuple(found[side] for side in sides)
         return sample_records(table, rows, texts, tokens, step=step)
 
-    def warn_of_nonfinite(self, table: pd.DataFrame) -> None:
-        """Name the comparisons whose rewards are NaN or infinite."""
-        bad = np.flatnonzero(~np.isfinite(table[["reward_chosen", "reward_rejected"]]).all(axis=1))
-        if len(bad):
-            ids = self.data.ids(self.data.comparisons["index"].to_numpy()[bad[:10]])
-            names = ", ".join(ids) + (", ..." if len(bad) > 10 else "")
-            logger.warning(f"the rewards of {len(bad)} of {len(table)} evaluation pairs are not finite: {names}")
+
+def token_rewards(tokenizer: Any, tree: Tree, values: np.ndarray) -> list[list[list[Any]]]:
+    """[[piece of text, reward after it], ...] of every answer of a prompt, from where the answers part.
+
+    `values` are the rewards of `score_prompts` with `every_token`. The first piece is empty, and its reward that of the
+    common prefix. The last reward is the answer's own; the others are the head's values there, which no loss has
+    trained. The pieces together are the rest of the sequence with its special tokens; characters that several tokens
+    share are one piece.
+    """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    found, sequences, start = [], tree.sequences(), len(tree.prefix)
+    while start and decode(tree.prefix[max(start - 4, 0) : start]).endswith("\ufffd"):  # inside a character
+        start -= 1
+    for ids, rewards in zip(sequences, np.split(values, np.cumsum(list(map(len, sequences)))[:-1]), strict=True):
+        rewards = [round(float(reward), 6) for reward in rewards]
+        pieces = [["", rewards[start - 1]]] if start else []
+        before, done = max(start - 1, 0), start
+        for i in range(start, len(ids)):
+            # a token adds to the text of the piece before it, since tokenizers may drop a first space
+            known, text = decode(ids[before:done]), decode(ids[before : i + 1])
+            if (len(text) > len(known) and not text.endswith("\ufffd")) or i + 1 == len(ids):
+                pieces.append([text[len(known) :], rewards[i]])
+                before, done = done, i + 1
+        found.append(pieces)
+    return found
+
+
+# ---------------------------------------------------------------- on the terminal
+
+
+def evaluation_line(step: int, metrics: Mapping[str, float], best: Sequence[Any] | None = None) -> str:
+    """Accuracy and loss after an evaluation; `best`: name, value and step of the best evaluation so far."""
+    accuracy, low, high = (metrics[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
+    line = f"step {step}: held-out accuracy {accuracy:.3f} (95% interval {low:.2f} to {high:.2f})"
+    line += "".join(f", {name} {metrics[f'eval/{name}/accuracy']:.3f}" for name in sets_in(metrics))
+    line += f", loss {metrics['eval/loss']:.3f}"
+    if best is not None:
+        name = "" if best[0] == "eval/accuracy" else best[0].removeprefix("eval/") + " "
+        line += f"; best {name}{best[1]:.3f} at step {best[2]}"
+    return line
+
+
+def final_table(summary: Mapping[str, Any], intervals: Intervals) -> Table:
+    """About ten numbers of a run, and the accuracy of each evaluation set, in 80 columns."""
+    names = [FINAL[0], *(f"eval/{name}/accuracy" for name in sets_in(summary)), *FINAL[1:]]
+    return metrics_table("Results", {name: summary[name] for name in names if name in summary}, intervals)
+
+
+def metrics_table(title: str, values: Mapping[str, Any], intervals: Intervals, with_meaning: bool = False) -> Table:
+    """A row for each metric, by its logged name."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ["metric", "value", "95% interval", "unit", "meaning"][: 4 + with_meaning]:
+        justify = "right" if column in ("value", "95% interval") else "left"
+        table.add_column(column, justify=justify, no_wrap=column != "meaning", overflow="fold")
+    for name, value in values.items():
+        if name.endswith(("_low", "_high")):
+            continue
+        low, high = intervals.get(name, (values.get(f"{name}_low"), values.get(f"{name}_high")))
+        ends = "" if low is None or math.isnan(low) else f"{number(low)} to {number(high)}"
+        definition = find_metric(name)
+        cells = [name, number(value), ends, definition.unit, definition.meaning]
+        table.add_row(*map(Text, cells[: 4 + with_meaning]))
+    return table
+
+
+def number(value: Any) -> str:
+    """Four significant digits; counts in full."""
+    return f"{value:,}" if isinstance(value, int) else f"{float(value):.4g}"
+
+
+def sets_in(names: Iterable[str]) -> list[str]:
+    """The evaluation sets in names of metrics, if there are several."""
+    return [found[1] for found in (re.fullmatch("eval/([^/]+)/loss", name) for name in names) if found]

@@ -1,6 +1,6 @@
 """The metrics of an evaluation and of training: function, unit, meaning and direction of each one, defined once.
 
-To add a metric, write a function with the decorator `metric`. It gets the `Rows` of an evaluation table and weights
+To add a metric, write a function with the decorator `Metric`. It gets the `Rows` of an evaluation table and weights
 [..., C] with a row for each resample, and returns [...]. The metric is then logged for each evaluation set, has an
 interval, is in all tables and in the report, and can be `metric_for_best_model`. C comparisons (2C answers).
 """
@@ -25,10 +25,7 @@ from rm.evaluate.statistics import mean
 from rm.loss import pairwise_loss
 
 PLAIN_LOSS = LossOptions()
-
-
-class NonFiniteRewards(Exception):
-    """A reward is NaN or infinite, so metrics of the rewards are NaN."""
+METRICS: dict[str, Metric] = {}
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,10 @@ class Rows:
 
     @cached_property
     def rewards(self) -> np.ndarray:
-        """Rewards of the chosen and the rejected answers [2, C]; raises `NonFiniteRewards`."""
+        """Rewards of the chosen and the rejected answers [2, C]; raises `FloatingPointError` if one is not finite."""
         rewards = np.stack([self["reward_chosen"], self["reward_rejected"]])
         if not np.isfinite(rewards).all():
-            raise NonFiniteRewards
+            raise FloatingPointError("a reward is NaN or infinite, and so are metrics of the rewards")
         return rewards
 
     @cached_property
@@ -66,8 +63,7 @@ class Rows:
 
     def decided(self, w: np.ndarray) -> np.ndarray:
         """The weights with 0 for label ties (p_chosen = 0.5)."""
-        is_tie = self["p_chosen"] == 0.5
-        return np.where(is_tie, 0, w) if is_tie.any() else w
+        return np.where(self["p_chosen"] == 0.5, 0, w)
 
 
 def both(w: np.ndarray) -> np.ndarray:
@@ -78,9 +74,12 @@ def both(w: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- definitions
 
 
-@dataclass(frozen=True)
+@dataclass
 class Metric:
-    """What a logged number is. `higher_is_better`: None if it has no direction. `only_if`: which tables have it."""
+    """What a logged number is. As a decorator it adds to `METRICS` how to compute it from (rows, weights).
+
+    `higher_is_better`: None if it has no direction. `only_if`: which tables have it.
+    """
 
     name: str
     unit: str
@@ -90,52 +89,42 @@ class Metric:
     only_if: Callable[[pd.DataFrame], bool] = lambda table: True
     function: Callable[[Rows, np.ndarray], Any] | None = None
 
-
-METRICS: dict[str, Metric] = {}
-
-
-def metric(*definition: Any, **more: Any) -> Callable[[Callable], Callable]:
-    """Decorator: a function (rows, weights) -> values is a metric with this definition (see `Metric`)."""
-
-    def register(function: Callable) -> Callable:
-        METRICS[definition[0]] = Metric(*definition, **more, function=function)
+    def __call__(self, function: Callable[[Rows, np.ndarray], Any]) -> Callable[[Rows, np.ndarray], Any]:
+        self.function = function
+        METRICS[self.name] = self
         return function
-
-    return register
 
 
 def has_true_margin(table: pd.DataFrame) -> bool:
     return "true_margin" in table and table["true_margin"].notna().all()
 
 
-metric("pairs", "pairs", "comparisons evaluated, each once", None, False)(lambda r, w: len(r.table))
-metric("prompts", "prompts", "different prompts; intervals resample them", None, False)(
-    lambda r, w: r.table["prompt"].nunique()
-)
-metric(
+Metric("pairs", "pairs", "comparisons evaluated, each once", None, False)(lambda r, w: len(r.table))
+Metric("prompts", "prompts", "different prompts", None, False)(lambda r, w: r.table["prompt"].nunique())
+Metric(
     "label_ties",
     "pairs",
     "comparisons labelled as ties (p_chosen = 0.5), left out of accuracy",
     has_interval=False,
     only_if=lambda table: (table["p_chosen"] == 0.5).any(),
 )(lambda r, w: int((r["p_chosen"] == 0.5).sum()))
-metric(
+Metric(
     "accuracy", "fraction", "comparisons with a higher reward for the chosen answer; equal rewards count half", True
 )(lambda r, w: st.accuracy(r.margin, r.decided(w)))
-metric("accuracy_ceiling", "fraction", "best possible accuracy, given the true rewards", only_if=has_true_margin)(
+Metric("accuracy_ceiling", "fraction", "best possible accuracy, given the true rewards", only_if=has_true_margin)(
     lambda r, w: mean(st.sigmoid(np.abs(r["true_margin"])), r.decided(w))
 )
-metric("longer_answer_baseline_accuracy", "fraction", "accuracy of preferring the longer answer")(
+Metric("longer_answer_baseline_accuracy", "fraction", "accuracy of preferring the longer answer")(
     lambda r, w: st.accuracy(r["length_chosen"] - r["length_rejected"], r.decided(w))
 )
-metric("ties", "fraction", "comparisons with equal rewards", False)(lambda r, w: mean(r.margin == 0, w))
-metric("loss", "nats", "mean training loss", False)(lambda r, w: mean(r.losses(r.rewards), w))
-metric("prompt_only_baseline_loss", "nats", "loss of giving all answers to a prompt the same reward")(
+Metric("ties", "fraction", "comparisons with equal rewards", False)(lambda r, w: mean(r.margin == 0, w))
+Metric("loss", "nats", "mean training loss", False)(lambda r, w: mean(r.losses(r.rewards), w))
+Metric("prompt_only_baseline_loss", "nats", "loss of giving all answers to a prompt the same reward")(
     lambda r, w: mean(r.losses(np.zeros((2, len(r.table)))), w)
 )
 
 
-@metric("prompt_icc", "fraction", "share of the variance of rewards that is between prompts (intraclass correlation)")
+@Metric("prompt_icc", "fraction", "share of the variance of rewards that is between prompts (intraclass correlation)")
 def intraclass_correlation(r: Rows, w: np.ndarray) -> np.ndarray:
     """ICC(1) of a one-way analysis of variance with groups of unequal size (Shrout and Fleiss 1979)."""
     x, share, w, group = r.rewards.ravel(), both(r["share"]), both(w), np.tile(r.table["prompt"], 2)
@@ -148,13 +137,13 @@ def intraclass_correlation(r: Rows, w: np.ndarray) -> np.ndarray:
     return np.where((groups > 1.5) & (items > groups), icc, np.nan)
 
 
-@metric("brier", "", "Brier score: mean squared error of p = sigmoid(margin); 0.25 for p = 0.5", False)
+@Metric("brier", "", "Brier score: mean squared error of p = sigmoid(margin); 0.25 for p = 0.5", False)
 def brier(r: Rows, w: np.ndarray) -> np.ndarray:
     p, label = st.sigmoid(r.margin), r["p_chosen"]
     return mean(label * (1 - p) ** 2 + (1 - label) * p**2, w)
 
 
-@metric(
+@Metric(
     "ece", "fraction", "expected calibration error: mean |accuracy - confidence| over ten bins of confidence", False
 )
 def calibration_error(r: Rows, w: np.ndarray) -> np.ndarray:
@@ -164,7 +153,7 @@ def calibration_error(r: Rows, w: np.ndarray) -> np.ndarray:
     return sum(np.abs(w[..., bins == b] @ error[bins == b]) for b in np.unique(bins)) / w.sum(-1)
 
 
-@metric(
+@Metric(
     "temperature", "", "T that calibrates sigmoid(margin / T) best; above 1: overconfident; inf: no better than chance"
 )
 def temperature(r: Rows, w: np.ndarray) -> np.ndarray:
@@ -185,51 +174,49 @@ def temperature(r: Rows, w: np.ndarray) -> np.ndarray:
     return np.where(slopes[..., -1] < 0, 0, np.where(above == 0, np.inf, unit / s))
 
 
-metric("margin", "reward", "mean of reward_chosen - reward_rejected", True)(lambda r, w: mean(r.margin, w))
+Metric("margin", "reward", "mean of reward_chosen - reward_rejected", True)(lambda r, w: mean(r.margin, w))
 for percent in (5, 25, 50, 75, 95):
-    metric(f"margin_q{percent:02}", "reward", f"{percent}% quantile of the margin", True)(
+    Metric(f"margin_q{percent:02}", "reward", f"{percent}% quantile of the margin", True)(
         lambda r, w, q=percent / 100: st.quantile(r.margin, q, w)
     )
-metric("spearman_true_margin", "", "rank correlation of the margin and the true one", True, only_if=has_true_margin)(
+Metric("spearman_true_margin", "", "rank correlation of the margin and the true one", True, only_if=has_true_margin)(
     lambda r, w: st.rank_correlation(r.margin, r["true_margin"], w)
 )
-metric("margin_length_spearman", "", "rank correlation of the margin and the difference in length")(
+Metric("margin_length_spearman", "", "rank correlation of the margin and the difference in length")(
     lambda r, w: st.rank_correlation(r.margin, r["length_chosen"] - r["length_rejected"], w)
 )
-metric("reward_length_spearman", "", "rank correlation of the reward and the length of the answer")(
+Metric("reward_length_spearman", "", "rank correlation of the reward and the length of the answer")(
     lambda r, w: st.rank_correlation(r.rewards.ravel(), r.answer_lengths, both(w))
 )
-metric("reward_chosen", "reward", "mean reward of the chosen answers")(lambda r, w: mean(r.rewards[0], w))
-metric("reward_rejected", "reward", "mean reward of the rejected answers")(lambda r, w: mean(r.rewards[1], w))
-metric("reward_mean", "reward", "mean reward of all answers")(lambda r, w: mean(r.rewards.ravel(), both(w)))
-metric("reward_std", "reward", "standard deviation of all rewards")(
+Metric("reward_chosen", "reward", "mean reward of the chosen answers")(lambda r, w: mean(r.rewards[0], w))
+Metric("reward_rejected", "reward", "mean reward of the rejected answers")(lambda r, w: mean(r.rewards[1], w))
+Metric("reward_mean", "reward", "mean reward of all answers")(lambda r, w: mean(r.rewards.ravel(), both(w)))
+Metric("reward_std", "reward", "standard deviation of all rewards")(
     lambda r, w: st.standard_deviation(r.rewards.ravel(), both(w))
 )
-metric("reward_min", "reward", "smallest reward", None, False)(lambda r, w: r.rewards.min())
-metric("reward_max", "reward", "largest reward", None, False)(lambda r, w: r.rewards.max())
+Metric("reward_min", "reward", "smallest reward", None, False)(lambda r, w: r.rewards.min())
+Metric("reward_max", "reward", "largest reward", None, False)(lambda r, w: r.rewards.max())
 
-TRAINING_METRICS = {
-    definition.name: definition
-    for definition in (
-        Metric("train/loss", "nats", "mean loss since the previous log line", False),
-        Metric("train/accuracy", "fraction", "accuracy since the previous log line", True),
-        Metric("train/margin", "reward", "mean of reward_chosen - reward_rejected since the previous log line", True),
-        Metric("train/reward_chosen", "reward", "mean reward of the chosen answers since the previous log line"),
-        Metric("train/reward_rejected", "reward", "mean reward of the rejected answers since the previous log line"),
-        Metric("train/epoch", "epochs", "passes over the training data"),
-        Metric("train/steps", "steps", "optimizer steps done"),
-        Metric("train/best_step", "steps", "step of the best evaluation"),
-        Metric("optim/learning_rate", "", "learning rate of all weights but the reward head, at this step"),
-        Metric("optim/head_learning_rate", "", "learning rate of the reward head, at this step"),
-        Metric("optim/grad_norm", "", "norm of the gradient before clipping, at this step"),
-        Metric("optim/skipped_steps", "steps", "steps without an update so far, because a number was not finite"),
-        Metric("speed/pairs_per_second", "1/s", "training pairs per second of all processes"),
-        Metric("speed/tokens_per_second", "1/s", "training tokens per second of all processes, with padding"),
-        Metric("speed/train_seconds", "s", "time in the training loop, without evaluating and saving"),
-        Metric("speed/total_seconds", "s", "time since the start of the program"),
-        Metric("speed/peak_memory_gb", "10^9 bytes", "peak memory of the main process, on its GPU if it has one"),
-    )
-}
+_TRAINING = (
+    Metric("train/loss", "nats", "mean loss since the previous log line", False),
+    Metric("train/accuracy", "fraction", "accuracy since the previous log line", True),
+    Metric("train/margin", "reward", "mean of reward_chosen - reward_rejected since the previous log line", True),
+    Metric("train/reward_chosen", "reward", "mean reward of the chosen answers since the previous log line"),
+    Metric("train/reward_rejected", "reward", "mean reward of the rejected answers since the previous log line"),
+    Metric("train/epoch", "epochs", "passes over the training data"),
+    Metric("train/steps", "steps", "optimizer steps done"),
+    Metric("train/best_step", "steps", "step of the best evaluation"),
+    Metric("optim/learning_rate", "", "learning rate of all weights but the reward head, at this step"),
+    Metric("optim/head_learning_rate", "", "learning rate of the reward head, at this step"),
+    Metric("optim/grad_norm", "", "norm of the gradient before clipping, at this step"),
+    Metric("optim/skipped_steps", "steps", "steps without an update so far, because a number was not finite"),
+    Metric("speed/pairs_per_second", "1/s", "training pairs per second of all processes"),
+    Metric("speed/tokens_per_second", "1/s", "training tokens per second of all processes, with padding"),
+    Metric("speed/train_seconds", "s", "time in the training loop, without evaluating and saving"),
+    Metric("speed/total_seconds", "s", "time since the start of the program"),
+    Metric("speed/peak_memory_gb", "10^9 bytes", "peak memory of the main process, on its GPU if it has one"),
+)
+TRAINING_METRICS = {definition.name: definition for definition in _TRAINING}
 
 
 def find_metric(name: str) -> Metric:
@@ -247,17 +234,18 @@ def find_metric(name: str) -> Metric:
 def measures(
     table: pd.DataFrame, counts: np.ndarray, names: Iterable[str], options: LossOptions = PLAIN_LOSS
 ) -> dict[str, Any]:
-    """Metrics for counts of each comparison [..., C]; [...] each.
+    """The metrics among `names` that the table has, for counts of each comparison [..., C]; [...] each.
 
     A comparison weighs its count times its `share`, so that a prompt counts once; in the loss also its `weight`.
     """
     rows, weight, values = Rows(table, options), counts * table["share"].to_numpy(), {}
     for name in names:
-        try:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                values[name] = METRICS[name].function(rows, weight)
-        except NonFiniteRewards:
-            values[name] = np.full(counts.shape[:-1], np.nan)
+        if METRICS[name].only_if(table):
+            try:
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    values[name] = METRICS[name].function(rows, weight)
+            except FloatingPointError:
+                values[name] = np.full(counts.shape[:-1], np.nan)
     return values
 
 
@@ -276,7 +264,7 @@ def evaluation_metrics(table: pd.DataFrame, options: LossOptions) -> dict[str, f
     """
     metrics = {}
     for prefix, part, subsets in _parts(table):
-        values = measures(part, np.ones(len(part)), metrics_of(part), options) | accuracy_of(part)
+        values = measures(part, np.ones(len(part)), METRICS, options) | accuracy_of(part)
         for subset, rows in subsets.items():
             values |= {f"{subset}/{name}": value for name, value in accuracy_of(rows).items()}
         values |= rewardbench_metrics(subsets)
@@ -286,19 +274,14 @@ def evaluation_metrics(table: pd.DataFrame, options: LossOptions) -> dict[str, f
 
 def evaluation_intervals(table: pd.DataFrame, options: LossOptions) -> dict[str, tuple[float, float]]:
     """95% intervals of the metrics of `evaluation_metrics` that have one, without those of subsets."""
-    intervals, fractions = {}, [name for name, definition in METRICS.items() if definition.unit == "fraction"]
+    names = [name for name, definition in METRICS.items() if definition.has_interval]
+    intervals, fractions = {}, [name for name in names if METRICS[name].unit == "fraction"]
     for prefix, part, subsets in _parts(table):
-        names = [name for name in metrics_of(part) if METRICS[name].has_interval]
         measure = partial(measures, part, names=names, options=options)
         found = st.bootstrap(measure, part["prompt"].to_numpy(), fractions)
         found |= rewardbench_metrics(subsets, intervals=True)
         intervals |= {f"{prefix}/{name}": ends for name, ends in found.items()}
     return intervals
-
-
-def metrics_of(table: pd.DataFrame) -> list[str]:
-    """The names in `METRICS` that the table has."""
-    return [name for name, definition in METRICS.items() if definition.only_if(table)]
 
 
 def _parts(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, dict[str, pd.DataFrame]]]:

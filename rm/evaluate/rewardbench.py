@@ -5,15 +5,13 @@ an answer that shares the best of the four rewards counts 1 / (answers sharing i
 ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from rm.evaluate.statistics import interval, mean
+from rm.evaluate.statistics import bootstrap, mean
 
 Score = Callable[[np.ndarray], np.ndarray]  # of counts of the rows of a table [..., n]: [...]
 
@@ -40,10 +38,13 @@ def rewardbench_metrics(subsets: dict[str, pd.DataFrame], intervals: bool = Fals
         scores = _scores_1(subsets)
     elif subsets and len(subsets) == len(kinds.keys() & set(SUBSETS_2)):
         scores = _scores_2(kinds)
-    if not intervals:
-        return {name: score(np.ones(len(rows))) for name, (rows, score) in scores.items()}
-    are_scores = {name: score for name, score in scores.items() if score[1] is not len}
-    return {name: interval(score, rows["prompt"].to_numpy()) for name, (rows, score) in are_scores.items()}
+    found = {}
+    for name, (rows, score) in scores.items():
+        if not intervals:
+            found[name] = score(np.ones(len(rows)))
+        elif score is not len:
+            found |= bootstrap(lambda counts: {name: score(counts)}, rows["prompt"].to_numpy(), [name])  # noqa: B023
+    return found
 
 
 def _scores_1(subsets: dict[str, pd.DataFrame]) -> dict[str, tuple[pd.DataFrame, Score]]:
@@ -58,13 +59,9 @@ def _scores_1(subsets: dict[str, pd.DataFrame]) -> dict[str, tuple[pd.DataFrame,
 
 
 def _scores_2(kinds: dict[str, pd.DataFrame]) -> dict[str, tuple[pd.DataFrame, Score]]:
-    """{} if a subset has no prompt with three wrong answers, or Ties has other ids than ref:NUMBER and tied:NUMBER.
-
-    Prompts that lack an answer, because it was too long or blank, are left out.
-    """
+    """Prompts that lack an answer, because it was too long or blank, are left out; {} if a subset has no other ones."""
     table = pd.concat([part.assign(subset=kind) for kind, part in kinds.items()]).sort_index()
-    is_ties = (table["subset"] == "ties") & table["id"].str.fullmatch(r"(ref|tied):\d+")
-    table = table[is_ties | (table["subset"] != "ties") & np.isclose(table["share"], 1 / 3)]
+    table = table[(table["subset"] == "ties") | np.isclose(table["share"], 1 / 3)]
     if table["subset"].nunique() < len(kinds):
         return {}
     prompts = _prompts(table)
@@ -85,19 +82,13 @@ def _prompts(table: pd.DataFrame) -> pd.DataFrame:
     right: share of the first answer among those with the highest reward. gap: worst right reward - best wrong one.
     spread: best - worst right reward. The two prompts of a question of Ties are resampled together.
     """
-    starts = np.flatnonzero(table["row"].diff() != 0)
-    chosen, rejected = table["reward_chosen"].to_numpy(), table["reward_rejected"].to_numpy()
-    lowest, highest, wrong = (
-        extreme.reduceat(rewards, starts)
-        for extreme, rewards in ((np.minimum, chosen), (np.maximum, chosen), (np.maximum, rejected))
-    )
-    equal = np.add.reduceat((chosen == rejected).astype(int), starts)
-    prompts = table.iloc[starts][["id", "subset"]].reset_index(drop=True)
-    number = pd.Series(np.arange(len(prompts)).astype(str))
-    prompts["prompt"] = number.mask(prompts["subset"] == "ties", prompts["id"].str.partition(":")[2] + "?")
-    right = np.where(highest >= wrong, 1 / (1 + equal), 0.0)
-    right[np.isnan(highest - wrong)] = np.nan
-    return prompts.assign(right=right, gap=lowest - wrong, spread=highest - lowest)
+    groups, is_equal = table.groupby("row", sort=False), table["reward_chosen"] == table["reward_rejected"]
+    lowest, highest = (getattr(groups["reward_chosen"], name)(skipna=False) for name in ("min", "max"))
+    wrong, equal = groups["reward_rejected"].max(skipna=False), is_equal.groupby(table["row"], sort=False).sum()
+    right = (1 / (1 + equal)).where(highest >= wrong, 0.0).mask((highest - wrong).isna())
+    prompts = groups[["id", "subset"]].first().assign(right=right, gap=lowest - wrong, spread=highest - lowest)
+    is_ties, number = prompts["subset"] == "ties", pd.Series(np.arange(len(prompts)).astype(str), prompts.index)
+    return prompts.assign(prompt=number.mask(is_ties, prompts["id"].str.partition(":")[2] + "?"))
 
 
 def ties_score(prompts: pd.DataFrame) -> Score:

@@ -4,8 +4,6 @@ Shape suffixes: C comparisons (or answers), R resamples. A weight is [..., C] an
 itself, the counts of R resamples, [R, C], give R values.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator
 
@@ -52,9 +50,8 @@ def is_right(difference_C: np.ndarray) -> np.ndarray:
     return (difference_C > 0) + 0.5 * (difference_C == 0)
 
 
-def accuracy(difference_C: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+def accuracy(difference_C: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Weighted mean of `is_right`; NaN if a difference is NaN. Swapping all labels gives exactly 1 - accuracy."""
-    weight = np.ones(len(difference_C)) if weight is None else weight
     if np.isnan(difference_C).any():
         return np.full(weight.shape[:-1], np.nan)
     right, total = weight @ is_right(difference_C), weight.sum(-1)
@@ -67,9 +64,6 @@ def confidence(difference_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     p_C = sigmoid(difference_C)
     confidence_C = np.maximum(p_C, 1 - p_C)
     return confidence_C, np.minimum((2 * BINS * (confidence_C - 0.5)).astype(int), BINS - 1)
-
-
-# ---------------------------------------------------------------- intervals
 
 
 def bootstrap(
@@ -94,11 +88,6 @@ def bootstrap(
         if name in fractions or num_prompts > 1:
             intervals[name] = (low, high)
     return intervals
-
-
-def interval(measure: Callable[[np.ndarray], np.ndarray], prompt_C: np.ndarray) -> tuple[float, float]:
-    """The same for one metric that is a fraction."""
-    return bootstrap(lambda counts: {"": measure(counts)}, prompt_C, [""])[""]
 
 
 def resamples(group_C: np.ndarray, seed: int = 0) -> Iterator[np.ndarray]:

@@ -1,58 +1,140 @@
-"""The evaluation table: a row for each comparison with its rewards; metrics, report and model comparison read it."""
+"""The evaluation table, with a row for each comparison and its rewards; its slices; the comparison of two models.
+
+A slice has `bin` (its name), `low` and `high` (the values it spans, if it is a range) and the numbers of `accuracy_of`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from rm.config.errors import InputError
-from rm.config.files import write_bytes
+from rm.config.options import LossOptions
 from rm.config.redact import redact
 from rm.data.dataset import PreferenceData
-from rm.evaluate.metrics import METRICS
+from rm.evaluate.metrics import PLAIN_LOSS, accuracy_of, measures
+from rm.evaluate.statistics import BINS, bootstrap, confidence
 
 # further columns, computed once from the texts: {column: function of {"prompt": str, "chosen": str, "rejected": str}}
 TEXT_COLUMNS: dict[str, Callable[[dict[str, str]], float]] = {}
+COMPARED = ("accuracy", "loss", "brier", "ece", "longer_answer_baseline_accuracy", "margin_length_spearman")
 
 
 def evaluation_table(data: PreferenceData) -> pd.DataFrame:
-    """A row for each comparison, in the order of the data; raises `InputError` for a set with the name of a metric.
+    """A row for each comparison, in the order of the data.
 
     Columns: `id`; `set`; `row` (in the raw data of the set, from 0); `prompt` (int64, equal for equal prompts);
     `length_chosen`, `length_rejected` (tokens of the whole sequences), `prefix_length` (tokens that all answers share);
     `share` (1 / comparisons of the prompt); every registered column (`true_margin` only if a comparison has one);
     `subset` if a set has it; `TEXT_COLUMNS`; `reward_chosen`, `reward_rejected` (float64, 0 here).
     """
-    for name in data.sets if data.are_several else ():
-        if name in METRICS:  # eval/NAME would be both
-            fix = "give it another name: eval_dataset_name={NAME: FILE, ...}"
-            raise InputError(f"the evaluation set {name!r} has the name of a metric; {fix}")
-    index = data.comparisons["index"].to_numpy()
     names = np.repeat([redact(name) for name in data.sets], [part.size for part in data.sets.values()])
-    first = {"id": np.array(data.dataset["id"][:], object)[index], "set": names[index]}
-    first |= {"row": np.array(data.dataset["row"][:])[index], "prompt": data.prompt_hashes()[index]}
-    table = pd.DataFrame(first).join(data.comparisons.drop(columns=["index", "chosen", "rejected"]))
-    subsets = np.array(data.dataset["subset"][:], object)[index]
-    if pd.notna(subsets).any():
-        table["subset"] = subsets
-    if table["true_margin"].isna().all():
-        table = table.drop(columns="true_margin")
+    prompts = {"id": data.dataset["id"][:], "set": names, "subset": np.array(data.dataset["subset"][:], object)}
+    prompts |= {"row": np.array(data.dataset["row"][:]), "prompt": data.prompt_hashes()}
+    table = pd.DataFrame(prompts).loc[data.comparisons["index"]].reset_index(drop=True)
+    table = table.join(data.comparisons.drop(columns=["index", "chosen", "rejected"]))
+    table = table.drop(columns=[name for name in ("subset", "true_margin") if table[name].isna().all()])
     for column, function in TEXT_COLUMNS.items():
         table[column] = [float(function(data.comparison_texts(i))) for i in range(len(table))]
     return table.assign(reward_chosen=0.0, reward_rejected=0.0)
 
 
+def difference(table: pd.DataFrame) -> pd.Series:
+    """The margin of the model: reward_chosen - reward_rejected."""
+    return table["reward_chosen"] - table["reward_rejected"]
+
+
 def worst(table: pd.DataFrame, count: int) -> np.ndarray:
     """Rows of at most `count` wrong comparisons, the one with the largest difference of rewards first."""
-    margin = (table["reward_chosen"] - table["reward_rejected"]).where(table["p_chosen"] != 0.5, 0).to_numpy()
+    margin = difference(table).where(table["p_chosen"] != 0.5, 0).to_numpy()
     order = np.argsort(margin, kind="stable")[:count]
     return order[margin[order] < 0]
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write Parquet; after a crash the file has either the old or the new content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, table.to_parquet(index=False))
+# ---------------------------------------------------------------- slices
+
+
+def by_set(table: pd.DataFrame) -> pd.DataFrame:
+    """A slice for each evaluation set."""
+    return _slices((name, None, None, part) for name, part in table.groupby("set", sort=False))
+
+
+def by_subset(table: pd.DataFrame) -> pd.DataFrame:
+    """A slice for each subset, of each set if there are several; empty if the data have no subsets."""
+    keys = ["set", "subset"] if table["set"].nunique() > 1 else ["subset"]
+    parts = table.dropna(subset="subset").groupby(keys) if "subset" in table else ()
+    return _slices(("/".join(names), None, None, part) for names, part in parts)
+
+
+def by_margin(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
+    """Bins of about equally many comparisons by |reward_chosen - reward_rejected|."""
+    return _by_value(table, difference(table).abs(), bins, "{:.3g} to {:.3g}")
+
+
+def by_data_margin(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
+    """The same by the margin in the data, of the sets that have one."""
+    has_margin = table.groupby("set")["margin"].transform("any")
+    return _by_value(table, table["margin"].where(has_margin), bins, "{:.3g} to {:.3g}")
+
+
+def by_length_difference(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
+    """The same by length_chosen - length_rejected in tokens."""
+    return _by_value(table, table["length_chosen"] - table["length_rejected"], bins, "{:+.0f} to {:+.0f}")
+
+
+def reliability(table: pd.DataFrame) -> pd.DataFrame:
+    """The bins of the expected calibration error; their mean `confidence` equals the accuracy of a calibrated model."""
+    table = table[np.isfinite(difference(table))]
+    confidence_C, bin_C = confidence(difference(table).to_numpy())
+    edges = 0.5 + np.arange(BINS + 1) / (2 * BINS)
+    parts = table.assign(confidence=confidence_C).groupby(bin_C)
+    bins = _slices((f"{edges[b]:.2f} to {edges[b + 1]:.2f}", edges[b], edges[b + 1], part) for b, part in parts)
+    return bins.assign(confidence=parts["confidence"].mean().to_numpy())
+
+
+def slices(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """All of these that are not empty, as JSON."""
+    functions = (by_set, by_subset, by_margin, by_data_margin, by_length_difference, reliability)
+    return {f.__name__: found.to_dict("records") for f in functions if len(found := f(table))}
+
+
+def _by_value(table: pd.DataFrame, value: pd.Series, bins: int, label: str) -> pd.DataFrame:
+    """Equal values are in one bin, so there may be fewer bins."""
+    value = value[np.isfinite(value)]
+    parts = value.groupby((value.rank(method="min") - 1) * bins // max(len(value), 1))
+    ranges = ((float(part.min()), float(part.max()), table.loc[part.index]) for _, part in parts)
+    return _slices((label.format(low, high), low, high, part) for low, high, part in ranges)
+
+
+def _slices(parts: Iterable[tuple[str, float | None, float | None, pd.DataFrame]]) -> pd.DataFrame:
+    rows = [{"bin": name, "low": low, "high": high} | accuracy_of(part) for name, low, high, part in parts]
+    return pd.DataFrame(rows, columns=["bin", "low", "high", "pairs", "accuracy", "accuracy_low", "accuracy_high"])
+
+
+# ---------------------------------------------------------------- two models
+
+
+def compare_tables(
+    table: pd.DataFrame, other: pd.DataFrame, options: LossOptions = PLAIN_LOSS
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Values and 95% intervals of metrics of both models on the comparisons that both have, from the same resamples.
+
+    `compare/NAME` is of the first model, `compare/other_NAME` of the other one, `compare/NAME_difference` first minus
+    other.
+    """
+    place = ["set", "row"]  # in the data, whatever the tokens; with a number for several comparisons of a row
+    table, other = (t.set_index([*place, t.groupby(place).cumcount()]) for t in (table, other))
+    common = table.index.intersection(other.index, sort=False)
+    table, other = table.loc[common], other.loc[common]
+
+    def both(counts: np.ndarray) -> dict[str, np.ndarray]:
+        this, that = (measures(t, counts, COMPARED, options) for t in (table, other))
+        values = {}
+        for name in COMPARED:
+            values |= {name: this[name], f"other_{name}": that[name], f"{name}_difference": this[name] - that[name]}
+        return {f"compare/{name}": value for name, value in values.items()}
+
+    values = {name: float(value) for name, value in both(np.ones(len(common))).items()} | {"compare/pairs": len(common)}
+    return values, bootstrap(both, table["prompt"].to_numpy(), ["compare/accuracy", "compare/other_accuracy"])

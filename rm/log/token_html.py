@@ -1,11 +1,9 @@
 """Token rewards as a picture: coloured text in HTML, and a line of bars for terminal and HTML.
 
-Token rewards come from `rm.evaluate.token_rewards`: [[piece of text, reward after it], ...] for an answer. The first
+Token rewards come from `rm.evaluate.evaluator`: [[piece of text, reward after it], ...] for an answer. The first
 piece is empty; its reward belongs to the end of the prompt. Rewards have no zero, so colours compare them with the mean
 of the answers' rewards (their last ones): in a pair in the right order, chosen ends above it and rejected below.
 """
-
-from __future__ import annotations
 
 import html
 import math
@@ -33,18 +31,17 @@ CSS = """
 
 
 def token_rewards_html(*answers: list) -> list[str]:
-    """An HTML fragment for each answer: bars, and the text with each token coloured. All have the same scale. The page
-    needs `CSS` once."""
-    ends = [reward for answer in answers if math.isfinite(reward := float(answer[-1][1]))]
-    middle = sum(ends) / len(ends) if ends else 0.0
-    distances = [abs(float(reward) - middle) for answer in answers for _, reward in answer]
-    reach = max(filter(math.isfinite, distances), default=0.0) or 1.0
+    """An HTML fragment for each answer, on one scale: bars, and the text with coloured tokens. It needs `CSS` once."""
+    rewards = [np.array([float(reward) for _, reward in answer]) for answer in answers]
+    ends = np.array([values[-1] for values in rewards if math.isfinite(values[-1])])
+    middle = ends.mean() if len(ends) else 0.0
+    distances = np.abs(np.concatenate(rewards) - middle)
+    reach = distances.max(where=np.isfinite(distances), initial=0.0) or 1.0
     fragments = []
-    for answer, bars in zip(answers, token_bars(answers, width=48), strict=True):
-        spans, before = [], float(answer[0][1])
-        for piece, reward in answer:
-            reward = float(reward)
-            height = 0.0 if math.isnan(reward) else round(min(max((reward - middle) / reach, -1.0), 1.0), 2)
+    for answer, values, bars in zip(answers, rewards, token_bars(answers, width=48), strict=True):
+        spans, before = [], float(values[0])
+        heights = np.nan_to_num(((values - middle) / reach).clip(-1, 1)).round(2)
+        for (piece, _), reward, height in zip(answer, values.tolist(), heights, strict=True):
             mark = f' class="{"u" if height > 0 else "d"}" style="--v:{abs(height):g}"' if height else ""
             if piece:
                 text = visible(piece if spans else piece.lstrip(" "))
@@ -78,10 +75,8 @@ def token_bars(answers: Sequence[list], width: int, unicode: bool = True) -> lis
         first, last = f"{values[0]:+.2f} ", f" {values[-1]:+.2f}"
         count = min(len(values), max(width - len(first) - len(last), 2))
         values = values[np.linspace(0, len(values) - 1, count).round().astype(int)]
-        levels = (
-            np.nan_to_num((values - low) / (high - low or 1.0) * len(letters)).clip(0, len(letters) - 1).astype(int)
-        )
-        bars = [letters[level] if math.isfinite(value) else "?" for level, value in zip(levels, values, strict=True)]
+        levels = np.nan_to_num((values - low) / (high - low or 1.0) * len(letters)).clip(0, len(letters) - 1)
+        bars = np.where(np.isfinite(values), np.array(list(letters))[levels.astype(int)], "?")
         lines.append(first + "".join(bars) + last)
     return lines
 

@@ -1,30 +1,29 @@
-"""The log of a run: metrics.jsonl, and Accelerate's trackers, which get copies of its lines.
+"""The log of a run: metrics.jsonl, Accelerate's trackers, which get copies of its lines, and standard output.
 
-A tracker can neither end nor delay a run. One thread calls all trackers, so the training process does not wait; if one
-of them blocks, the others wait. W&B asks no question: without a key or a network, its run is offline.
+Neither a tracker nor standard output can end a run. One thread calls all trackers, so the training process does not
+wait; if one of them blocks, the others wait. W&B asks no question: without a key or a network, its run is offline.
 """
-
-from __future__ import annotations
 
 import json
 import logging
 import os
-import queue
-import signal
+import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from rich.console import Console
 
 from rm.config.errors import InputError
+from rm.config.files import finite, naming, write_file
 from rm.config.redact import redact, safe_line
-from rm.log.metrics import MetricsFile
 
 logger = logging.getLogger(__name__)
 
@@ -38,43 +37,56 @@ class RunLog:
     """Logs numbers and W&B objects on the main process; on the others it does nothing.
 
     `config` has the options `project` and `report_to`. `record` is the configuration that trackers store, redacted.
-    metrics.jsonl is in `output_dir`; for `resume_lines` see `MetricsFile`.
+    metrics.jsonl in `output_dir` keeps its first `resume_lines` lines (None: a new run); `num_lines` is their number.
+    If other content is removed, the old file stays as metrics.jsonl.bak. Raises `DiskError` if it cannot be written.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        output_dir: Path,
-        run_name: str,
-        record: dict,
-        resume_lines: int | None,
-        is_main_process: bool,
-    ):
-        self.metrics_file: MetricsFile | None = None
+    def __init__(self, config, output_dir: Path, run_name: str, record: dict, resume_lines: int | None, is_main: bool):
+        self.path, self.num_lines = output_dir.resolve() / "metrics.jsonl", 0
         self.trackers: dict[str, GeneralTracker] = {}
-        self._calls: queue.Queue = queue.Queue(maxsize=10_000)  # a call that blocks must not fill the memory
+        self._file: IO[str] | None = None
         self._failed: set[str] = set()  # kinds of calls
-        self._is_closed = False
-        if not is_main_process:
+        if not is_main:
             return
-        folder, names = output_dir.resolve(), prepare_trackers(config.report_to)
-        self.metrics_file = MetricsFile(folder / "metrics.jsonl", resume_lines)
-        threading.Thread(target=self._work, name="trackers", daemon=True).start()
-        options = (config.project, run_name, folder, record, resume_lines is not None)
+        self._open_file(resume_lines or 0)
+        self._thread, names = ThreadPoolExecutor(1, "trackers"), prepare_trackers(config.report_to)
+        options = (config.project, run_name, self.path.parent, record, resume_lines is not None)
         starts = {name: self._call(f"{name}: start", start_tracker, name, *options) for name in names}
         wait(starts.values(), timeout=START_SECONDS)
         self.trackers = {name: start.result() for name, start in starts.items() if start.done() and start.result()}
         for name in starts.keys() - self.trackers.keys():
             logger.warning(f"{name}: did not start; metrics.jsonl has everything")
 
+    def _open_file(self, wanted: int) -> None:
+        with naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            old = self.path.read_bytes() if self.path.exists() else b""
+            # a crash may have torn the last line
+            kept = [line for line in old.splitlines(keepends=True) if line.endswith((b"}\n", b"}\r\n"))][:wanted]
+            if len(kept) < wanted:
+                logger.warning(f"{self.path}: has {len(kept)} of the {wanted} lines before the checkpoint")
+            if b"".join(kept) != old:
+                shutil.copyfile(self.path, self.path.with_name("metrics.jsonl.bak"))
+                write_file(self.path, b"".join(kept))
+            self.num_lines, self._file = len(kept), self.path.open("a", encoding="utf-8", newline="\n")
+
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Log numbers as of optimizer step `step`: one line of metrics.jsonl, then every tracker."""
-        if self.metrics_file:
-            metrics = {redact(key): value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
-            self.metrics_file.append(metrics, step)
-            self.log_wandb("log", lambda wandb: metrics, step)
-            for name in self.trackers.keys() - {"wandb"}:
-                self._call(f"{name}: log", self.trackers[name].log, metrics, step)
+        """Log numbers as of optimizer step `step`: one line of metrics.jsonl, then every tracker.
+
+        The line is in the file when this returns: {"step": step, "time": seconds since 1970, **metrics}. NaN and
+        infinities, which JSON does not have, become "NaN", "Infinity" and "-Infinity"; `float()` reads them.
+        """
+        if self._file is None:
+            return
+        metrics = {redact(key): value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
+        line = {"step": step, "time": round(time.time(), 3)} | finite(metrics)
+        with naming(self.path):
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
+        self.num_lines += 1
+        self.log_wandb("log", lambda wandb: metrics, step)
+        for name in self.trackers.keys() - {"wandb"}:
+            self._call(f"{name}: log", self.trackers[name].log, metrics, step)
 
     def log_wandb(self, what: str, make: Callable[[Any], dict[str, Any]], step: int) -> None:
         """Log the numbers or W&B objects `make(wandb)`, by name, as of optimizer step `step`; in W&B only."""
@@ -88,45 +100,52 @@ class RunLog:
         if "wandb" in self.trackers:
             self._call(f"wandb: {what}", log)
 
-    @property
-    def num_lines(self) -> int:
-        """Lines of metrics.jsonl."""
-        return self.metrics_file.num_lines if self.metrics_file else 0
-
-    def sync(self) -> int:
-        """Write metrics.jsonl to the disk, since a checkpoint must not be ahead of it; returns its number of lines."""
-        return self.metrics_file.sync() if self.metrics_file else 0
+    def sync(self) -> None:
+        """Write metrics.jsonl to the disk, since a checkpoint must not be ahead of it."""
+        if self._file:
+            with naming(self.path):
+                os.fsync(self._file.fileno())
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Finish the trackers in `FINISH_SECONDS` at most; W&B shows `summary` as final values. Do not call it after an
         error: W&B then takes the exit code of the process and shows the run as failed."""
-        if self.metrics_file:
-            if summary and "wandb" in self.trackers:
-                self._call("wandb: summary", self.trackers["wandb"].run.summary.update, summary)
-            ends = {self._call(f"{name}: finish", tracker.finish): name for name, tracker in self.trackers.items()}
-            for late in wait(ends, timeout=FINISH_SECONDS).not_done:
-                logger.warning(f"{ends[late]}: not finished in time; metrics.jsonl has everything")
-            self._is_closed = True
-            self.metrics_file.close()
+        if self._file is None:
+            return
+        if summary and "wandb" in self.trackers:
+            self._call("wandb: summary", self.trackers["wandb"].run.summary.update, summary)
+        ends = {self._call(f"{name}: finish", tracker.finish): name for name, tracker in self.trackers.items()}
+        for late in wait(ends, timeout=FINISH_SECONDS).not_done:
+            logger.warning(f"{ends[late]}: not finished in time; metrics.jsonl has everything")
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._file.close()
 
     def _call(self, what: str, function: Callable, *args: Any) -> Future:
-        """Queue `function(*args)`. The result of the future is what it returns, or None if it fails."""
-        done: Future = Future()
-        with suppress(queue.Full):
-            self._calls.put_nowait((what, function, args, done))
-        return done
+        """Queue `function(*args)`; the result is None if it fails. The first failure of each kind is logged."""
 
-    def _work(self) -> None:
-        """Make the queued calls in order. The first failure of each kind is logged; later calls are tried again."""
-        while not self._is_closed:
-            what, function, args, done = self._calls.get()
+        def call() -> Any:
             try:
-                done.set_result(function(*args))
+                return function(*args)
             except BaseException as error:  # some trackers raise SystemExit
-                if what not in self._failed and not self._is_closed:
+                if what not in self._failed and not self._file.closed:
                     self._failed.add(what)
                     logger.warning(f"{what} failed ({safe_line(repr(error))}); the run continues")
-                done.set_result(None)
+
+        return self._thread.submit(call)
+
+
+def print_safely(*objects: object, console: Console | None = None) -> None:
+    """Print texts (unchanged) and rich tables. If that fails, warn once and discard what is printed from then on."""
+    console = console or Console(file=sys.stdout)
+    try:
+        for item in objects:
+            with console.capture() as capture:  # without it, rich ends the process if the pipe is closed
+                console.out(item, highlight=False) if isinstance(item, str) else console.print(item)
+            console.file.write(capture.get().encode(console.encoding, "backslashreplace").decode(console.encoding))
+        console.file.flush()
+    except (OSError, ValueError) as error:  # ValueError: the file object is closed
+        logger.warning(f"standard output cannot be written ({error}); the run continues without it")
+        with suppress(OSError, ValueError):  # otherwise Python flushes it at exit and fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
 
 
 def run_and_exit(run: Callable[[], int]) -> None:
@@ -141,21 +160,15 @@ def run_and_exit(run: Callable[[], int]) -> None:
     sys.exit(code)
 
 
-def prepare_trackers(report_to: str | list[str] | None) -> list[str]:
+def prepare_trackers(report_to: list[str]) -> list[str]:
     """The trackers' names, each once; "all" means every installed one.
 
-    Raises `InputError` if Accelerate does not know a name, its package is not installed, or "none" is not alone.
+    Raises `InputError` for a name that Accelerate does not know, or whose package is not installed.
     """
-    names = [report_to] if isinstance(report_to, str) else report_to or []
-    names = list(dict.fromkeys(name.strip().lower() for name in names))
-    installed = [str(name) for name in get_available_trackers()]
-    if "none" in names and len(names) > 1:
-        raise InputError(f"report_to={names}: none cannot be combined with other trackers")
-    for name in names:
-        if name not in (*installed, "all", "none"):
-            problem = "is not installed" if name in LOGGER_TYPE_TO_CLASS else "is not a tracker that Accelerate knows"
-            raise InputError(f"report_to: {name!r} {problem}; installed: {', '.join(installed) or 'no tracker'}")
-    return [] if "none" in names else installed if "all" in names else names
+    names, installed = dict.fromkeys(map(str.lower, report_to)), [str(name) for name in get_available_trackers()]
+    if wrong := ", ".join(name for name in names if name not in (*installed, "all")):
+        raise InputError(f"report_to: no installed tracker is {wrong}; installed: {', '.join(installed) or 'none'}")
+    return installed if "all" in names else list(names)
 
 
 def start_tracker(
@@ -163,7 +176,7 @@ def start_tracker(
 ) -> GeneralTracker:
     """Start a tracker; it keeps its files in `output_dir`, and `config` redacted. The user's environment variables for
     names and places take precedence."""
-    config = json.loads(json.dumps(redact(config), default=str))
+    config = redact(config)
     if name == "wandb":
         return start_wandb(os.environ.get("WANDB_PROJECT", project), run_name, output_dir, config)
     folder = str(output_dir / name)
@@ -193,23 +206,19 @@ def start_wandb(project: str, run_name: str, output_dir: Path, config: dict[str,
     os.environ.setdefault("WANDB_DATA_DIR", str(output_dir / "wandb" / "data"))
     import wandb
 
-    in_sweep = "WANDB_SWEEP_ID" in os.environ  # W&B names the runs of a sweep, and its agent stops them
+    in_sweep = "WANDB_SWEEP_ID" in os.environ  # W&B names the runs of a sweep
     names = {"name": ("WANDB_NAME", run_name), "group": ("WANDB_RUN_GROUP", output_dir.name)}
     options = {key: ours for key, (variable, ours) in names.items() if not in_sweep and variable not in os.environ}
-
-    def stop() -> None:  # "stop run" in the browser: SIGTERM saves a checkpoint and ends the run
-        if not in_sweep:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    settings = wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS - 2, stop_fn=stop)
+    # "stop run" in the browser interrupts the main thread, which saves a checkpoint; a sweep's agent sends a signal
+    stop = {"stop_fn": lambda: None} if in_sweep else {}
+    settings = wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS - 2, **stop)
     make = partial(LOGGER_TYPE_TO_CLASS["wandb"], project, dir=str(output_dir), settings=settings, **options)
-    mode, reason = {}, "WANDB_MODE"
+    mode, reason = None, "WANDB_MODE"
     try:
-        if wandb.run is None and wandb.setup().settings.mode in ("online", "shared"):
-            # asks the server whether it accepts the key: 10 s if it does not answer (WANDB_HTTP_TIMEOUT)
-            if not wandb.login(prompt=False, verify=True):
-                mode, reason = {"mode": "offline"}, "no API key"
-        tracker = make(**mode)
+        # asks the server whether it accepts the key: 10 s if it does not answer (WANDB_HTTP_TIMEOUT)
+        if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=True):
+            mode, reason = "offline", "no API key"
+        tracker = make(mode=mode)
         tracker.start()
     except Exception as error:
         tracker, reason = make(mode="offline"), safe_line(repr(error))

@@ -1,24 +1,19 @@
-"""PEFT: a new adapter of any method on a sequence classifier, or an existing one."""
+"""PEFT: a new adapter of any method on a sequence classifier, or an existing one; 4-bit or 8-bit weights under it."""
 
-import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 import yaml
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rm.config.errors import InputError
-from rm.config.options import RewardConfig
-from rm.model.source import WEIGHT_FILES, in_one_line, lacks, loading
+from rm.config.options import LoraOptions, RewardConfig
+from rm.config.section import fields_of
+from rm.model.saved import WEIGHT_FILES, lacks, loading
 
-# options of the program (TRL's names): fields of PEFT's LoraConfig
-LORA = {f"lora_{key}": key for key in ("r", "target_modules", "target_parameters", "modules_to_save")}
-LORA |= {key: key for key in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT uses the old name
-HEADS = {"classifier", "score"}  # PEFT adds them to modules_to_save for SEQ_CLS, again at every load
 
 
 def new_adapter(model: PreTrainedModel, config: RewardConfig, new_modules: list[str]) -> nn.Module:
@@ -30,52 +25,34 @@ def new_adapter(model: PreTrainedModel, config: RewardConfig, new_modules: list[
     peft_config = lora_config(config) if config.peft_config is None else read_peft_config(config.peft_config)
     prefix = "lora_" if config.peft_config is None else f"peft_config={config.peft_config}: "
     peft_config.task_type, peft_config.inference_mode = TaskType.SEQ_CLS, False  # PEFT then trains and saves the head
-    peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *new_modules} - HEADS) or None
-    modules, parameters = ([name for name, _ in named()] for named in (model.named_modules, model.named_parameters))
-    names = {"modules_to_save": modules, "target_modules": modules, "target_parameters": parameters}
-    for key, known in names.items():  # PEFT ignores names that it does not find
+    saved = {*(peft_config.modules_to_save or ()), *new_modules} - {"classifier", "score"}  # which PEFT adds
+    peft_config.modules_to_save = sorted(saved) or None
+    known = [f".{name}" for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for key in ("target_modules", "target_parameters", "modules_to_save"):  # PEFT ignores names that it does not find
         asked = getattr(peft_config, key, None) or ()
         for target in () if isinstance(asked, str) else sorted(asked):
-            if not any(f".{name}".endswith(f".{target}") for name in known):
+            if not any(name.endswith(f".{target}") for name in known):
                 raise InputError(f"{prefix}{key}={sorted(asked)}: {type(model).__name__} has no '{target}'")
     with loading(f"{prefix}target_modules"):
-        revision = None if config.model_revision == "main" else config.model_revision
-        return get_peft_model(model, peft_config, revision=revision)
+        return get_peft_model(model, peft_config, revision=config.model_revision)
 
 
-def load_adapter(model: PreTrainedModel, name: str, revision: str = "main", *, is_trainable: bool) -> nn.Module:
-    """Load the adapter `name` and its head onto its base `model`. Raises `InputError` if it has no head."""
-    from peft import PeftConfig, PeftModelForSequenceClassification
+def load_adapter(model: PreTrainedModel, name: str, revision: str, *, is_trainable: bool) -> nn.Module:
+    """Load the adapter `name` and its head onto its base `model`. Raises `InputError`."""
+    from peft import PeftModelForSequenceClassification
 
-    message = f"the adapter '{name}' could not be loaded"
-    with loading(message):
-        peft_config = PeftConfig.from_pretrained(name, revision=revision)
-    if peft_config.task_type != "SEQ_CLS":
-        raise InputError(f"'{name}' is an adapter without a reward head (task_type {peft_config.task_type})")
-    peft_config.modules_to_save = sorted(set(peft_config.modules_to_save or ()) - HEADS) or None
-    options = dict(config=peft_config, is_trainable=is_trainable, revision=revision)
-    with loading(message):
+    options = dict(revision=revision, is_trainable=is_trainable)
+    with loading(f"'{name}' could not be loaded as a reward model"):
         return PeftModelForSequenceClassification.from_pretrained(model, name, **options)
 
 
-def check_same_adapter(name: str, adapter: dict[str, Any], config: RewardConfig) -> None:
-    """Raise `InputError` for a changed option that differs from the existing `adapter` (its adapter_config.json)."""
-    if config.peft_config is not None:
-        raise InputError(f"peft_config={config.peft_config}: '{name}' is an adapter with its own configuration")
-    for option, key in LORA.items():
-        given, own = getattr(config, option), adapter.get(key)
-        names = [
-            set([v] if isinstance(v, str) else v) - HEADS if isinstance(v, str | list) else v for v in (given, own)
-        ]
-        if given != getattr(RewardConfig(), option) and names[0] != names[1]:
-            raise InputError(f"{option}={given}: the adapter '{name}' has {key}={own} and keeps it; leave it out")
-
-
 def lora_config(config: RewardConfig):
-    """PEFT's `LoraConfig` from the options in `LORA`."""
+    """PEFT's `LoraConfig` from the options in `LoraOptions`, whose names are those of TRL."""
     from peft import LoraConfig
 
-    values = {key: getattr(config, option) for option, key in LORA.items()}
+    given = {name: getattr(config, name) for name in fields_of(LoraOptions)}
+    kept = ("lora_alpha", "lora_dropout")  # have the prefix in PEFT too
+    values = {name if name in kept else name.removeprefix("lora_"): value for name, value in given.items()}
     targets = values["target_modules"]
     if targets == ["all-linear"]:
         values["target_modules"] = "all-linear"
@@ -87,40 +64,41 @@ def lora_config(config: RewardConfig):
 def read_peft_config(file: str):
     """The `PeftConfig` in a YAML or JSON file, written by hand ("peft_type: IA3") or by `PeftConfig.save_pretrained`.
 
-    Raises `InputError`, also for methods that add tokens to the rows (prompt and prefix tuning) or need calls between
-    steps (AdaLoRA). Base model and task in the file have no effect.
+    Base model and task in the file have no effect. Raises `InputError`, also for methods that add tokens to the rows
+    (prompt and prefix tuning) or need calls between steps (AdaLoRA).
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
-    where = f"peft_config={file}"
-    try:
+    where, methods = f"peft_config={file}", []
+    for method, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
+        is_in_layers = issubclass(tuner, BaseTuner) and tuner.forward is BaseTuner.forward
+        if is_in_layers and not hasattr(tuner, "update_and_allocate"):
+            methods.append(method.value)
+    with loading(f"{where} cannot be read"):
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{where} cannot be read: {in_one_line(error)}") from error
-    if not isinstance(values, dict) or "peft_type" not in values:
-        raise InputError(f"{where}: expected `key: value` lines, among them peft_type, such as LORA or IA3")
-    kind = str(values.pop("peft_type")).upper()
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise InputError(f"{where}: peft_type is unknown; there are {', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}")
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
-    is_in_layers = issubclass(tuner, BaseTuner) and tuner.forward is BaseTuner.forward
-    if not is_in_layers or hasattr(tuner, "update_and_allocate"):
-        fix = "use a method inside the layers, such as LORA, IA3, LOHA or VERA"
-        raise InputError(f"{where}: peft_type {kind} adds tokens or calls outside the layers; {fix}")
-    for key in ("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"):
-        values.pop(key, None)
+    kind = str(values.get("peft_type")).upper() if isinstance(values, dict) else ""
+    if kind not in methods:
+        raise InputError(f"{where}: needs `peft_type: METHOD`, one that changes layers: {', '.join(sorted(methods))}")
     for key, value in values.items():  # YAML reads 1e-5 as text, also in JSON
         if isinstance(value, str) and re.fullmatch(r"[\d.]+e-?\d+", value):
             values[key] = float(value)
-    try:
+    values |= {"peft_type": kind} | dict.fromkeys(("base_model_name_or_path", "revision", "auto_mapping"))
+    with loading(where):
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {in_one_line(error)}") from error
 
 
-def adapter_settings(model: nn.Module) -> dict[str, Any] | None:
-    """The configuration of the adapter on a sequence classifier, as JSON values; None without an adapter."""
-    config = getattr(model, "peft_config", {}).get("default")
-    as_json = json.dumps(config and config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-    return json.loads(as_json)
+def quantization_config(config: RewardConfig) -> BitsAndBytesConfig | None:
+    """As TRL's `get_quantization_config`, without the head; None unless load_in_4bit or load_in_8bit."""
+    # no `prepare_model_for_kbit_training`: adapters freeze the base, and `dtype` decides about norms and embeddings
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        bnb_4bit_compute_dtype="float32" if config.dtype == "auto" else config.dtype,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=config.bnb_4bit_quant_storage,
+        llm_int8_skip_modules=["score", "classifier", "classification_head", "pooler"],  # may be new
+    )

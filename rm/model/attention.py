@@ -3,6 +3,8 @@
 Shape suffixes: R rows, L tokens in a row, T tokens in a tree.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -10,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rm.collate import Batch
+from rm.config.errors import InputError
 from rm.model.reward_model import unwrapped
 
 SDPA_BY_TREE = "sdpa_by_tree"  # a name for `attn_implementation`, beside transformers' own
@@ -31,12 +34,10 @@ def attention_mask(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype) -
     """The mask of `batch` for a model with `config` and weights of `dtype`: one tensor, or one per layer type.
 
     Padded rows: 0/1 [R, L]. Packed rows: bool (`sdpa`) or additive (`eager`) [R, 1, L, L], or the additive masks [T, T]
-    of all trees (`sdpa_by_tree`), float32 [1, 1, 1, sum of T x T]. ValueError: `mask_problem`.
+    of all trees (`sdpa_by_tree`), float32 [1, 1, 1, sum of T x T].
     """
     if not batch.is_packed:
         return batch.attention_mask_RL
-    if problem := mask_problem(config):
-        raise ValueError(problem)
     text, kernel = config.get_text_config(), config._attn_implementation
     (num_rows, length), device = batch.input_ids_RL.shape, batch.input_ids_RL.device
     row, index = torch.arange(num_rows, device=device), torch.arange(length, device=device)
@@ -53,36 +54,35 @@ def attention_mask(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype) -
         return additive.masked_fill_(~seen, torch.finfo(additive.dtype).min)
 
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    kinds = _layer_types(config) or {"sliding_attention"}  # without types the window is for all layers
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])  # without types it is for all layers
     masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
     return masks if len(masks) > 1 else masks.popitem()[1]
 
 
-def mask_problem(config: PreTrainedConfig) -> str:
-    """Why a model with `config` takes no mask of packed rows; empty if it does."""
-    kernel, unknown = config._attn_implementation, _layer_types(config) - {"full_attention", "sliding_attention"}
+def packing_problem(model: nn.Module) -> str:
+    """Why a model does not support packed rows; empty: it may."""
+    reward_model = unwrapped(model)
+    config, backbone = reward_model.config, unwrapped(reward_model.classifier).base_model
+    kernel, kinds = config._attn_implementation, getattr(config.get_text_config(), "layer_types", None) or ()
+    if not reward_model.is_causal:
+        return "the model is an encoder: every token sees the whole sequence"
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return f"{type(backbone).__name__} takes no position_ids"
     if kernel not in ("sdpa", "eager", SDPA_BY_TREE):
         return f"attn_implementation {kernel} takes no mask for each query"
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
     return f"layers of type {', '.join(sorted(unknown))} take no attention mask" if unknown else ""
-
-
-def _layer_types(config: PreTrainedConfig) -> set[str]:
-    return set(getattr(config.get_text_config(), "layer_types", None) or ())
-
-
-class TreesNotPassed(ValueError):
-    """A model does not pass `tree_lengths`, or the masks of the trees, on to its attention."""
 
 
 def attend_by_tree(module, query, key, value, attention_mask, tree_lengths: list[int] | None = None, **options):
     """transformers' `sdpa` for each tree of the only row: attention between trees is not computed.
 
     Without `tree_lengths` this is `sdpa`. Computes in float32 also under bf16: on CPUs the backward pass of the kernel
-    takes 1.8 times as long in bf16. Raises `TreesNotPassed`.
+    takes 1.8 times as long in bf16. Raises `InputError` for a model that does not pass the trees on.
     """
     num_keys = key.shape[2] if tree_lengths is None else sum(length * length for length in tree_lengths)
     if attention_mask is not None and attention_mask.shape[3] != num_keys:
-        raise TreesNotPassed(f"{type(module).__name__} does not get the trees of a row")
+        raise InputError(f"{type(module).__name__} gets no tree_lengths (attn_implementation=sdpa needs none)")
     if tree_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     parts = zip(*(states.float().split(tree_lengths, dim=2) for states in (query, key, value)), strict=True)
@@ -99,12 +99,7 @@ AttentionInterface.register(SDPA_BY_TREE, torch.compiler.disable(attend_by_tree)
 AttentionMaskInterface.register(SDPA_BY_TREE, sdpa_mask)  # for rows without trees
 
 
-def use_cpu_kernel(model: PreTrainedModel) -> None:
-    """Without an accelerator, replace `sdpa` by `sdpa_by_tree`."""
-    if not torch.accelerator.is_available() and model.config._attn_implementation == "sdpa":
+def use_cpu_kernel(model: PreTrainedModel, chosen: str | None) -> None:
+    """Without an accelerator, replace `sdpa` by `sdpa_by_tree`, unless the user has `chosen` a kernel."""
+    if not torch.accelerator.is_available() and model.config._attn_implementation == "sdpa" and chosen is None:
         model.set_attn_implementation(SDPA_BY_TREE)
-
-
-def attends_by_tree(model: nn.Module) -> bool:
-    """Whether attention is computed tree by tree, so that one long row costs no more than several short rows."""
-    return unwrapped(model).config._attn_implementation == SDPA_BY_TREE

@@ -3,24 +3,22 @@
 Shape suffixes: N sequences, R rows, L tokens, D hidden, K outputs.
 """
 
-import copy
 import inspect
-import os
-import shutil
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.integrations.neftune import activate_neftune
+from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
 from rm.config.errors import InputError
-from rm.model.source import loading
+from rm.model.saved import loading
 
 NUM_OUTPUTS = 1  # of the head; the first is the reward (`rm.forward.score_batch`)
 LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # of language models
@@ -94,35 +92,49 @@ def find_head(model: nn.Module) -> nn.Linear:
     raise InputError(f"{type(unwrapped(model)).__name__} has no linear head named score or classifier")
 
 
-def max_positions(config: PreTrainedConfig) -> int | None:
-    """The number of learned positions of a model (GPT-2, OPT, BERT); None if it computes them. Reads no weights."""
-    is_foreign = not type(config).__module__.startswith("transformers.")  # its code was allowed with the config
-    with loading(f"'{config.name_or_path}' could not be loaded as a reward model"), torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config), trust_remote_code=is_foreign)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+def max_positions(model: nn.Module) -> int | None:
+    """The number of learned positions of a model (GPT-2, OPT, BERT); None if it computes them."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         if limit and isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
             return limit - (0 if module.padding_idx is None else module.padding_idx + 1)  # RoBERTa begins behind it
     return None
 
 
-def check_positions(config: PreTrainedConfig, longest: int) -> None:
-    """Raise `InputError` if a model with `config` has fewer learned positions than `longest`."""
-    limit = max_positions(config)
-    if limit and longest > limit:
-        raise InputError(f"sequences have up to {longest} tokens, the model {limit} positions: set max_length")
+@contextmanager
+def cast_weights(model: nn.Module, dtype: str | None) -> Iterator[None]:
+    """Inside the block, use copies of the weights in `dtype` (None: no effect). For one process or DDP.
+
+    The head of a causal model stays float32, as do buffers (rotary frequencies) and quantized weights.
+    """
+    model, copies, places = unwrapped(model), {}, []
+    head = {id(p) for p in find_head(model.classifier).parameters()} if model.is_causal else set()
+    for module in model.modules() if dtype is not None else ():
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if p.is_floating_point() and type(p) is nn.Parameter and id(p) not in head:
+                places.append((module, name, p))
+                copies.setdefault(id(p), nn.Parameter(p.detach().to(getattr(torch, dtype)), requires_grad=False))
+    try:
+        for module, name, p in places:  # other objects: DDP's hooks are lost if the type of a weight itself changes
+            setattr(module, name, copies[id(p)])
+        yield
+    finally:
+        for module, name, p in places:
+            setattr(module, name, p)
 
 
-def compile_layers(model: RewardModel) -> int:
-    """Compile the repeated layer in place for rows of any shape; returns how many share the code. `InputError`."""
-    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    if not layers:
-        raise InputError(f"torch_compile: models of type {model.config.model_type} do not name their repeated layer")
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        raise InputError("torch_compile needs a C++ compiler, such as g++; install one, or turn it off")
-    for layer in layers:
-        layer.compile(dynamic=True)
-    return len(layers)
+def set_tf32(enabled: bool | None) -> None:
+    """Multiply float32 matrices in TF32 on GPUs, or never; None: torch's default. Raises `InputError`."""
+    if enabled and not is_torch_tf32_available():
+        raise InputError("tf32=True: it needs an NVIDIA GPU of the Ampere generation or newer; set it to none")
+    if enabled is not None:
+        enable_tf32(enabled)
+
+
+def is_half_precision(model: nn.Module, mixed_precision: str | None, tf32: bool | None) -> bool:
+    """Whether rewards are computed with fewer bits than float32: by autocast, TF32, or the weights."""
+    is_half = any(p.dtype != torch.float32 for p in model.parameters())
+    return is_half or bool(tf32) or mixed_precision not in (None, "no")
 
 
 def use_liger_kernels(model: RewardModel, kernel_config: dict[str, bool] | None) -> None:
@@ -131,10 +143,8 @@ def use_liger_kernels(model: RewardModel, kernel_config: dict[str, bool] | None)
     `model.undo_liger()` restores transformers' module of the model, which Liger patches too. Raises `InputError`.
     """
     inner = unwrapped(model.classifier)
-    try:
+    with loading("use_liger_kernel=True needs the package liger-kernel"):
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
-    except ImportError:
-        raise InputError("use_liger_kernel=True needs the package liger-kernel: pip install liger-kernel") from None
     if inner.config.model_type not in known:
         raise InputError(f"use_liger_kernel=True: Liger has no kernels for models of type {inner.config.model_type}")
     accepted = set(inspect.signature(known[inner.config.model_type]).parameters) - {"model", *LIGER_LOSSES}

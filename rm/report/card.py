@@ -1,7 +1,5 @@
 """The model card, README.md of the output directory: results.json for people and for the hub."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -14,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rm.config.redact import redact
 from rm.data.audit import MEANING
-from rm.model.precision import quantization_config
+from rm.model.adapters import quantization_config
 from rm.report.read_run import changed_options
 
 PATH_OPTIONS = (
@@ -35,11 +33,6 @@ def hub_name(name: str | None) -> str | None:
         return None
 
 
-def names_in(value: str | list[str] | dict[str, str] | None) -> list[str]:
-    """The names that an option holds: one, a list, or those of a dict."""
-    return [value] if isinstance(value, str) else list(value.values() if isinstance(value, dict) else value or ())
-
-
 def model_card(results: dict[str, Any], *, name: str, repo_id: str | None = None) -> str:
     """The model card of the run `name`, YAML header and Markdown, from the content of results.json.
 
@@ -49,10 +42,10 @@ def model_card(results: dict[str, Any], *, name: str, repo_id: str | None = None
     config, summary, adapter = results["config"], results["summary"], results["adapter"] or {}
     origin = adapter.get("base_model_name_or_path") or config["model_name_or_path"]  # what an adapter is over
     base_model = hub_name(origin)
-    data_names = names_in(config["dataset_name"]) + names_in(config["eval_dataset_name"])
-    datasets = list(dict.fromkeys(filter(hub_name, data_names)))
-    names = [origin, *(path for key in PATH_OPTIONS for path in names_in(config.get(key)))]
-    local = [path for path in names if path not in (base_model, *datasets) and re.search(r"[/\\]", path)]
+    named = {key: config.get(key) or () for key in PATH_OPTIONS}  # one name, a list, or a dict of names
+    named = {k: [v] if isinstance(v, str) else list(v.values() if isinstance(v, dict) else v) for k, v in named.items()}
+    datasets = list(dict.fromkeys(filter(hub_name, named["dataset_name"] + named["eval_dataset_name"])))
+    local = {path for path in [origin, *sum(named.values(), [])] if re.search(r"[/\\]", path)} - {base_model, *datasets}
     data = {
         f"{split}: {part}" if part else split: counts
         for split, report in results["data"].items()
@@ -73,11 +66,9 @@ def model_card(results: dict[str, Any], *, name: str, repo_id: str | None = None
         settings = quantization_config(SimpleNamespace(**config)).to_diff_dict()
         arguments = [f"{key}={value!r}" for key, value in settings.items() if not key.startswith("_")]
         quantization = f", quantization_config=BitsAndBytesConfig({', '.join(arguments)})"
-    is_adapter = config["use_peft"] and not config["merge_adapter"]
     tests = plain(" + ".join(part["source"] for split, part in data.items() if split.startswith("test")))
     result = EvalResult(
         task_type="text-classification",
-        task_name="preference between two answers",
         dataset_type=re.sub(r"[^\w/.-]+", "-", next(iter(datasets), tests)),
         dataset_name=tests,
         metric_type="accuracy",
@@ -88,13 +79,13 @@ def model_card(results: dict[str, Any], *, name: str, repo_id: str | None = None
         base_model=base_model,
         datasets=datasets or None,
         license=config["license"],
-        library_name="peft" if is_adapter else "transformers",
+        library_name="peft" if config["use_peft"] and not config["merge_adapter"] else "transformers",
         pipeline_tag="text-classification",
         tags=["reward-model", "bradley-terry", *(["peft"] if config["use_peft"] else [])],
         model_name=plain(name),
         eval_results=[result] if isinstance(result.metric_value, float) else None,  # NaN is a text in results.json
     )
-    parts = [key[5:-9] for key in summary if re.fullmatch(r"eval/.+/accuracy", key, re.S)]
+    parts = [found[1] for key in summary if (found := re.fullmatch(r"eval/(.+)/accuracy", key, re.S))]
     card = ModelCard.from_template(
         header,
         template_path=str(Path(__file__).with_name("model_card.md.jinja")),

@@ -1,7 +1,5 @@
 """Upload a run to the Hugging Face Hub, on the main process: errors at the start, warnings after that."""
 
-from __future__ import annotations
-
 import logging
 import re
 import shlex
@@ -20,7 +18,6 @@ from rm.config.redact import redact
 logger = logging.getLogger(__name__)
 
 SILENCE = 60.0  # seconds without a byte after which a request fails
-PATIENCE, BYTES_PER_SECOND = 600.0, 1e6  # the last upload may take PATIENCE + bytes / BYTES_PER_SECOND + SILENCE
 FILES = (  # the model, its tokenizer, and what describes them: neither texts of the data nor files of trackers
     "README.md config.yaml results.json data_report.json metrics.jsonl *config.json model*.safetensors "
     "model.safetensors.index.json adapter_model*.safetensors tokenizer*.json *.model *.tiktoken vocab.* merges.txt "
@@ -62,24 +59,21 @@ class Hub:
 
     def push_checkpoint(self, folder: Path) -> None:
         """Upload a checkpoint as `hub_strategy` says; for last-checkpoint/ it replaces one that still waits."""
-        if self.strategy == "all_checkpoints":
-            self._upload(folder, path_in_repo=f"checkpoints/{folder.name}").add_done_callback(_warn)
         if self.strategy == "checkpoint":
             for upload in self.uploads:
                 upload.cancel()
-            self._upload(folder, path_in_repo="last-checkpoint").add_done_callback(_warn)
+        if self.strategy != "end":
+            place = "last-checkpoint" if self.strategy == "checkpoint" else f"checkpoints/{folder.name}"
+            self._upload(folder, path_in_repo=place).add_done_callback(_warn)
 
     def push_run(self, folder: Path) -> dict[str, str | bool]:
         """Upload a finished run and wait for it; returns {"repo", "revision", "pushed", "url" or "error"}."""
         names, outcome = run_files(folder), {"repo": self.repo_id, "revision": self.revision}
-        limit = PATIENCE + sum((folder / name).stat().st_size for name in names) / BYTES_PER_SECOND
         try:
-            done = self._upload(folder, allow_patterns=names).result(timeout=limit)
-            return outcome | {"pushed": True, "url": done.commit_url}
+            return outcome | {"pushed": True, "url": self._upload(folder, allow_patterns=names).result().commit_url}
         except Exception as error:
-            set_client_factory(lambda: None)  # without a client, uploads under way end
             words = ["hf", "upload", self.repo_id, str(folder), ".", "--revision", self.revision]
-            command = shlex.join([*words, *(word for name in names for word in ("--include", name))])
+            command = shlex.join(words + [word for name in names for word in ("--include", name)])
             logger.warning(f"hub: the run in {folder} is not uploaded ({_why(error)}). To upload it:\n{command}")
             return outcome | {"pushed": False, "error": _why(error)}
 

@@ -5,30 +5,35 @@ zcat x.jsonl.gz | python -m rm.score --model OUT > y.jsonl
 python -m rm.score --help
 """
 
-from __future__ import annotations
-
+import fcntl
+import gzip
+import json
 import logging
+import math
 import os
 import sys
-import time
-from contextlib import nullcontext
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
-import transformers
-from accelerate.utils.memory import should_reduce_batch_size
+import numpy as np
 from tqdm import tqdm
 
-from rm.config.cli import parse
+from rm.config.cli import parse, run_program
 from rm.config.errors import InputError
 from rm.config.redact import safe_line
 from rm.config.section import Section, option
-from rm.model.source import check_folder
-from rm.score.answers import answer_lines, open_output, skip_answered, to_line
-from rm.score.inputs import open_input, read_lines
-from rm.score.scorer import ACCEPTED, Scorer
+from rm.data.formats import RowError
+from rm.data.load import one_line
+from rm.score.scorer import ACCEPTED, Scorer, keys_of
 
 logger = logging.getLogger(__name__)
+
+KEYS = "line reward rewards best best_response reward_chosen reward_rejected margin p_chosen data_margin error".split()
+START = b'{"line": '  # of every line that is written
 
 
 class Score(Section):
@@ -49,69 +54,99 @@ def main(argv: list[str]) -> int:
     """Score the input; returns the exit code: 0, or 1 if there are lines and none could be scored."""
     own, options = parse(argv, Score, accepts=ACCEPTED)
     source, target = (None if path == "-" else path for path in (own.input, own.output))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("scoring runs in one process; split the input and start a process for each part")
-    if source is None and own.input is None and sys.stdin.isatty():
-        raise InputError("command line: --input FILE is needed, or lines on stdin")
-    is_same = source and target and Path(target).exists() and os.path.samefile(source, target)
-    if is_same or (target or "").endswith(".gz"):
-        raise InputError(f"--output={target}: is the input or a compressed file; give another name")
-    check_folder(own.model)
-    stream, raw = open_input(source)
-    size = os.path.getsize(source) if source and Path(source).is_file() else None  # unknown for a pipe
-    lines, num_lines, num_errors, num_tokens, first_error = read_lines(stream, source or "stdin"), 0, 0, 0, ""
-    with open_output(Path(target)) if target else nullcontext((sys.stdout.buffer, None)) as (file, last):
+    file = open(source, "rb") if source else sys.stdin.buffer
+    size = os.path.getsize(source) if source else 0  # 0 also for a pipe
+    with open_output(Path(target)) if target else nullcontext((sys.stdout.buffer, 0)) as (output, last_line):
         scorer = Scorer(own.model, normalize=own.normalize, **options)
-        logger.info(f"{own.model}: {scorer.layout.name} ({scorer.layout.reason}) on {scorer.device}")
-        started = time.perf_counter()
-        if last:
-            skip_answered(scorer, lines, last, Path(target), own.only_rewards)
-            logger.info(f"{target}: has the lines up to {last['line']}; the lines after them are scored")
-        bar = tqdm(total=size, unit="B" if size else "line", unit_scale=True, dynamic_ncols=True)
+        about = f"{scorer.layout.name} ({scorer.layout.reason}) on {scorer.device}"
+        logger.info(f"{own.model}: {about}; scores the lines from {last_line + 1} on")
+        stream = gzip.open(file) if source and source.endswith(".gz") else file
+        lines = read_lines(stream, source or "stdin", last_line)
+        num_lines, num_errors, first_error = 0, 0, ""
+        bar = tqdm(total=size or None, unit="B" if size else "line", unit_scale=True, dynamic_ncols=True)
         while window := list(islice(lines, own.window_size)):
-            answered = answer_lines(scorer, window, own.only_rewards)
-            file.write(b"".join(to_line(record) for record, _ in answered))
-            file.flush()
-            if num_lines == 0:
-                scorer.warn_of_kind([record for _, record in window])
-            errors = [f"line {record['line']}: {record['error']}" for record, _ in answered if "error" in record]
-            first_error = first_error or "".join(errors[:1])
-            num_lines, num_errors = num_lines + len(window), num_errors + len(errors)
-            num_tokens += sum(tokens for _, tokens in answered)
-            bar.update(raw.tell() - bar.n if size else len(window))
+            for (number, record), rewards in zip(window, scorer.results([line[1] for line in window]), strict=True):
+                found = {"line": number} | answer(record, rewards, scorer.std, own.only_rewards)
+                # a lone surrogate, which UTF-8 cannot hold, becomes its JSON escape
+                output.write((json.dumps(found, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+                if "error" in found:
+                    first_error = first_error or f"; the first error, line {number}: {found['error']}"
+                    num_errors += 1
+            output.flush()
+            num_lines += len(window)
+            bar.update(file.tell() - bar.n if size else len(window))
             bar.set_postfix_str(f"{num_lines:,} lines, {num_errors:,} errors")
         bar.close()
-    seconds = time.perf_counter() - started
-    summary = f"{num_lines:,} lines, {num_errors:,} errors, {num_tokens:,} tokens in {seconds:.1f} s"
-    summary += f" ({num_tokens / seconds:,.0f} tokens/s)" + (f"; the first error, {first_error}" if first_error else "")
-    print(safe_line(summary), file=sys.stderr)
-    return 1 if num_lines and num_errors == num_lines and not last else 0
+    print(safe_line(f"{num_lines:,} lines, {num_errors:,} errors{first_error}"), file=sys.stderr)
+    return int(0 < num_lines == num_errors and not last_line)
 
 
-def run() -> int:
-    """`main` with its errors as one line and an exit code."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
-    transformers.logging.disable_progress_bar()  # of weights that load in no time
+def read_lines(stream: BinaryIO, name: str, last_line: int) -> Iterator[tuple[int, Any]]:
+    """(number, JSON value or `RowError`) of the lines after `last_line`. Raises `InputError` if the file is broken."""
+    number = 0
     try:
-        return main(sys.argv[1:])
-    except InputError as error:
-        print(safe_line(f"error: {error}"), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; with --input and --output the same command continues", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # nobody reads stdout any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        print(safe_line(f"error: {error.filename or 'the output'} cannot be used ({error.strerror})"), file=sys.stderr)
-        return 2 if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) else 1
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        print("error: out of memory; give a smaller micro_batch_tokens (it changes no reward)", file=sys.stderr)
-        return 1
+        for number, line in enumerate(stream, start=1):
+            if number <= last_line or not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                record = RowError(f"not JSON: {error}")
+            yield number, record
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{name}: cannot be read after line {number}: {one_line(error)}") from error
+
+
+def answer(record: Any, rewards: np.ndarray | RowError, std: float, only_rewards: bool) -> dict[str, Any]:
+    """The input's own keys (or its id alone) and its rewards; or its id and what is wrong with it.
+
+    One sequence: reward. N answers: rewards, best (the first index, from 0, of the highest) and best_response. A pair:
+    reward_chosen, reward_rejected, margin (their difference) and p_chosen (sigmoid of the margin times `std`). The
+    input's own margin becomes data_margin; its other keys of these names are left out.
+    """
+    if isinstance(rewards, RowError):
+        own = {"id": record["id"]} if isinstance(record, dict) and "id" in record else {}
+        return own | {"error": str(rewards)[:500]}
+    own = {key: value for key, value in record.items() if key not in KEYS and (key == "id" or not only_rewards)}
+    values = [_rounded(reward) for reward in rewards]
+    if keys_of(record) == ("prompt", "responses"):
+        best = int(np.argmax(values))
+        return own | {"rewards": values, "best": best, "best_response": record["responses"][best]}
+    if len(values) == 1:
+        return own | {"reward": values[0]}
+    if "margin" in record and not only_rewards:
+        own["data_margin"] = record["margin"]
+    margin = float(rewards[0] - rewards[1])
+    own |= {"reward_chosen": values[0], "reward_rejected": values[1], "margin": _rounded(margin)}
+    return own | {"p_chosen": _rounded(0.5 * (1 + math.tanh(margin * std / 2)))}
+
+
+def _rounded(value: float) -> float:
+    """With as few digits as distinguish float32 numbers."""
+    return float(str(np.float32(value)))
+
+
+@contextmanager
+def open_output(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """An output to append to, locked and cut after its last complete line; the input line that this answers, or 0.
+
+    Raises `InputError` if it has something else than records of `rm.score`, or another program writes it.
+    """
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another program is writing it; give another --output") from None
+        file.seek(0)
+        end, last = 0, b""
+        for line in file:
+            if line[: len(START)] != START[: len(line)]:
+                raise InputError(f"{path}: has something else than rewards; give another --output, or remove it")
+            if line.endswith(b"\n"):
+                end, last = end + len(line), line
+        file.truncate(end)
+        yield file, json.loads(last)["line"] if last else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run_program(lambda argv: sys.exit(main(argv)))

@@ -6,7 +6,7 @@ Shape suffixes: N answers, R rows, L tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,20 @@ from rm.data.tokenize import Tree
 from rm.forward import score_batch
 
 
-@dataclass(frozen=True)
-class TreeList:
+class TreeList(list[Tree]):
     """Trees in memory, with what scoring needs of `PreferenceData`."""
-
-    items: Sequence[Tree]
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     @property
     def num_answers(self) -> np.ndarray:
-        return np.array([len(tree.answers) for tree in self.items], np.int64)
+        return np.array([len(tree.answers) for tree in self], np.int64)
 
     def costs(self, layout: Layout) -> np.ndarray:
         if layout.name == "shared_prefix":
-            return np.array([len(tree) for tree in self.items], np.int64)
-        return np.array([len(t.answers) * (len(t.prefix) + max(map(len, t.answers))) for t in self.items], np.int64)
+            return np.array([len(tree) for tree in self], np.int64)
+        return np.array([len(t.answers) * (len(t.prefix) + max(map(len, t.answers))) for t in self], np.int64)
 
     def trees(self, indices: Sequence[int]) -> list[Tree]:
-        return [self.items[i] for i in indices]
+        return [self[i] for i in indices]
 
 
 @torch.no_grad()
@@ -97,7 +91,5 @@ def _at_every_token(batch: Batch) -> Batch:
             tree_L, branch_L = batch.tree_RL[row], batch.branch_RL[row]
             is_own_L = (tree_L == tree_L[end]) & ((branch_L == 0) | (branch_L == branch_L[end]))
         places.append(is_own_L.nonzero()[:, 0])
-    rows = batch.end_row_N.repeat_interleave(
-        torch.tensor([len(index) for index in places], device=batch.end_row_N.device)
-    )
-    return replace(batch, end_row_N=rows, end_index_N=torch.cat(places))
+    counts = torch.tensor(list(map(len, places)), device=batch.end_row_N.device)
+    return replace(batch, end_row_N=batch.end_row_N.repeat_interleave(counts), end_index_N=torch.cat(places))

@@ -1,10 +1,15 @@
-"""A saved reward model, ready to score any number of answers to a prompt, the prompt computed once, in one process."""
+"""A saved reward model, ready to score any number of answers to a prompt, the prompt computed once, in one process.
+
+An input is a dict. The first of `FORMS` whose keys it has decides what it is; other keys are ignored. Text is scored as
+text and messages by the chat template, as in training; a prompt and answers of text are messages too with
+`text_as_conversation`. To a prompt of messages an answer may be a message, a list of messages, or text.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -13,18 +18,18 @@ import torch
 from rm.config.errors import InputError
 from rm.config.options import QuantizationOptions, TokenOptions
 from rm.config.section import fields_of
-from rm.data.formats import Encoding, RowError
-from rm.data.tokenize import Tree
+from rm.data.formats import TOKEN_COLUMNS, Encoding, Example, RowError, make_example, read_tokens, template_variables
+from rm.data.tokenize import Tree, encode_examples, is_blank, make_tree, truncate_left
 from rm.forward import choose_layout
 from rm.model.load import load_saved_model, load_tokenizer
-from rm.model.precision import cast_weights, is_half_precision, set_tf32
-from rm.model.reward_model import max_positions, unwrapped
-from rm.model.saved import RENDERED, conversations_from_text, read_result, read_scale, recorded_config
-from rm.score.inputs import encode_inputs, read_input
+from rm.model.reward_model import cast_weights, is_half_precision, max_positions, set_tf32, unwrapped
+from rm.model.saved import conversations_from_text, read_scale, recorded_config
 from rm.score.rewards import TreeList, score_prompts
 
 logger = logging.getLogger(__name__)
 
+MASKS = {**TOKEN_COLUMNS, ("input_ids",): ("attention_mask",)}  # keys of token ids -> those of their attention masks
+FORMS = [*MASKS, ("chosen", "rejected"), ("prompt", "responses"), ("prompt", "response"), ("messages",), ("text",)]
 ACCEPTED = (*fields_of(TokenOptions), *fields_of(QuantizationOptions), "dtype", "trust_remote_code")
 ACCEPTED += ("micro_batch_tokens", "layout", "mixed_precision", "eval_dtype", "tf32")
 TREE_TOKENS = 512  # 30 answers of 60 tokens to a prompt of 120, SmolLM2 on a CPU: 0.87 of the time of one tree
@@ -34,16 +39,13 @@ class Scorer:
     """A saved reward model: `load_scorer("runs/my_run").rewards([{"prompt": …, "responses": […]}])`.
 
     It is on the accelerator if there is one. The rewards are those of `rm.evaluate`: the options are those of the run's
-    config.yaml (of a model from elsewhere: the defaults).
+    config.yaml (of a model from elsewhere: the defaults). Raises `InputError`.
 
     Args:
         model: the output folder of a run, or a hub name.
         normalize: return (r - mean) / std, with the moments of the rewards of answers of the training set.
         options: of `RewardConfig` (`ACCEPTED`). Without `max_length` only the model's positions limit
             a sequence; without `micro_batch_tokens` it is twice the training's, or its `eval_micro_batch_tokens`.
-
-    Raises:
-        InputError: one line.
     """
 
     def __init__(self, model: str, *, normalize: bool = False, **options: Any):
@@ -51,78 +53,61 @@ class Scorer:
             raise InputError(f"{unknown[0]}: has no effect in scoring; there are {', '.join(ACCEPTED)}")
         config = recorded_config(model, {"dataset_name": "toy"} | options)  # no data set is read
         set_tf32(config.tf32)
-        self.name, self.tokenizer = model, load_tokenizer(config)
+        self.tokenizer = load_tokenizer(config)
         self.model = load_saved_model(model, self.tokenizer, config).eval()
-        scale = read_scale(model, self.model) if normalize else {"reward_mean": 0.0, "reward_std": 1.0}
-        self.mean, self.std = scale["reward_mean"], scale["reward_std"]
+        self.mean, self.std = read_scale(model, self.model) if normalize else (0.0, 1.0)
         as_conversation, why = conversations_from_text(config, self.tokenizer)
         if self.tokenizer.chat_template:
-            logger.info(RENDERED, "conversations" if as_conversation else "text", why)
+            logger.info(why)
+        limits = (config.max_length if "max_length" in options else None, max_positions(self.model))
         self.encoding = Encoding(
             add_eos=config.add_eos,
             text_as_conversation=as_conversation,
             chat_template_kwargs=config.chat_template_kwargs or {},
-            max_length=config.max_length if "max_length" in options else None,
+            max_length=min(filter(None, limits), default=None),
             overlength=config.overlength if "overlength" in options else "drop",
             vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
         )
         self.micro_batch_tokens = config.micro_batch_tokens
         if "micro_batch_tokens" not in options:
             self.micro_batch_tokens = config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens
-        has_accelerator = torch.accelerator.is_available()
-        self.device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
+        self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         if not getattr(unwrapped(self.model.classifier), "is_quantized", False):  # bitsandbytes chose the device
             self.model = self.model.to(self.device)
-        self.max_positions = max_positions(self.model.config)
-        self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
-        self.tolerance = 5e-2 if is_half_precision(self.model, config.mixed_precision, config.tf32) else 1e-4
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+        self.autocast = torch.autocast(self.device.type, half, enabled=half is not None)
+        tolerance = 5e-2 if is_half_precision(self.model, config.mixed_precision, config.tf32) else 1e-4
         trees, pad = _random_trees(self.tokenizer), self.tokenizer.pad_token_id
-        self.layout = choose_layout(config.layout, self.model, trees, pad, self.tolerance)
-        self._cast = ExitStack()  # for as long as the scorer lives
-        self._cast.enter_context(cast_weights(self.model, config.eval_dtype))
+        self.layout = choose_layout(config.layout, self.model, trees, pad, tolerance)
+        self.eval_dtype = config.eval_dtype
 
     def rewards(self, records: Sequence[dict]) -> list[np.ndarray]:
-        """The rewards of each input's answers, float64 [1], [N] or [2] (chosen, rejected); see `rm.score.inputs`.
+        """The rewards of each input's answers, float64 [1], [N] or [2] (chosen, rejected).
 
-        Raises:
-            InputError: an input cannot be scored; names its index.
+        Raises `InputError` with the index of an input that cannot be scored.
         """
-        trees = self.encode(records)
-        for i, tree in enumerate(trees):
-            if isinstance(tree, RowError):
-                raise InputError(f"input {i}: {tree}")
-        return self.score(trees)
+        results = self.results(records)
+        for i, result in enumerate(results):
+            if isinstance(result, RowError):
+                raise InputError(f"input {i}: {result}")
+        return results
 
-    def encode(self, records: Sequence[Any]) -> list[Tree | RowError]:
-        """Each input's token ids, or what is wrong with it."""
-        return encode_inputs(records, self.tokenizer, self.encoding, self.max_positions)
-
-    def warn_of_kind(self, records: Sequence[Any]) -> None:
-        """Warn if the inputs are texts for a model that was trained on conversations alone, or the other way round."""
-        formats = str(read_result(self.name, "data", "train", "format") or "").split(", ")
-        trained = {"tokens" if name == "tokenized" else name.split("_")[0] for name in formats}
-        for record in records if trained in ({"text"}, {"conversation"}) else ():
-            with suppress(RowError):
-                if (kind := read_input(record, self.encoding).kind) not in trained | {"tokens"}:
-                    logger.warning(f"inputs are {kind}, and the model was trained on {trained.pop()}")
-                    return
-
-    def score(self, trees: Sequence[Tree]) -> list[np.ndarray]:
-        """The rewards of each tree's answers, float64 [N]."""
-        if not trees:
-            return []
-        pieces = TreeList([piece for tree in trees for piece in self._split(tree)])
-        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+    def results(self, records: Sequence[Any]) -> list[np.ndarray | RowError]:
+        """As `rewards`, but with a `RowError` for an input that cannot be scored, or is one."""
+        results: list = encode_inputs(records, self.tokenizer, self.encoding)
+        places = [i for i, tree in enumerate(results) if isinstance(tree, Tree)]
+        pieces = TreeList([piece for i in places for piece in self._split(results[i])])
+        with cast_weights(self.model, self.eval_dtype), self.autocast:
             scored = score_prompts(self.model, pieces, self.layout, self.micro_batch_tokens)
-        rewards = (np.concatenate(scored) - self.mean) / self.std
-        return np.split(rewards, np.cumsum([len(tree.answers) for tree in trees])[:-1])
+        rewards = iter((np.concatenate([[], *scored]) - self.mean) / self.std)
+        for i in places:
+            found = np.array([next(rewards) for _ in results[i].answers])
+            results[i] = found if np.isfinite(found).all() else RowError("the reward is not finite")
+        return results
 
     def _split(self, tree: Tree) -> list[Tree]:
-        """The tree as several, each with its prefix, so that one fits into a forward pass if a single answer does.
-
-        A kernel that computes a tree's whole square, though no answer sees another one, gets trees of `TREE_TOKENS`,
-        or of twice the prefix.
-        """
+        """The tree as several, each with its prefix, so that one fits into a forward pass if a single answer does; and
+        has few tokens: some kernels compute a tree's whole square, though no answer sees another one."""
         limit = min(self.micro_batch_tokens, max(TREE_TOKENS, 2 * len(tree.prefix)))
         parts = [Tree(tree.prefix, [])]
         for answer in tree.answers:
@@ -132,9 +117,72 @@ class Scorer:
         return parts
 
 
-def _random_trees(tokenizer: Any, count: int = 4) -> TreeList:
+def _random_trees(tokenizer: Any) -> TreeList:
     """Pairs of random ordinary tokens, on which the layout is verified."""
     ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     vocabulary, rng = np.array(sorted(ordinary) or [tokenizer.pad_token_id]), np.random.default_rng(0)
-    draws = [[rng.choice(vocabulary, n) for n in (20 + i, 8, 5 + i)] for i in range(count)]
+    draws = [[rng.choice(vocabulary, n) for n in (20 + i, 8, 5 + i)] for i in range(4)]
     return TreeList([Tree(prefix, answers) for prefix, *answers in draws])
+
+
+# ---------------------------------------------------------------- inputs to trees
+
+
+def keys_of(record: Any) -> tuple[str, ...]:
+    """Which of `FORMS` an input is. Raises `RowError`."""
+    if type(record) is not dict:
+        raise RowError("not a JSON object with keys")
+    for keys in FORMS:
+        if all(record.get(key) is not None for key in keys):
+            return keys
+    raise RowError("nothing to score; give text, messages, prompt and response or responses, or chosen and rejected")
+
+
+def read_input(record: Any, encoding: Encoding) -> Example:
+    """The example of an input, without comparisons. Raises `RowError`."""
+    keys = keys_of(record)
+    if keys in MASKS:
+        return read_tokens(record, encoding, keys, MASKS[keys])
+    prompt = None if keys in (("text",), ("messages",)) else record.get("prompt")
+    answers = {key: record[key] for key in keys if key != "prompt"}
+    for key in {"responses", "messages"} & set(keys):
+        if type(record[key]) is not list or not record[key]:
+            raise RowError(f"{key!r} must be a list, and not empty")
+    if "responses" in answers:
+        answers = {f"responses[{i}]": answer for i, answer in enumerate(record["responses"])}
+    example = make_example(prompt, answers, encoding.text_as_conversation)
+    for name, answer in zip(example.names, example.answers, strict=True):
+        if is_blank(answer):
+            raise RowError(f"{name!r} is blank")
+    if example.kind == "conversation":
+        example.variables = template_variables(record, encoding.chat_template_kwargs)
+    return example
+
+
+def encode_inputs(records: Sequence[Any], tokenizer: Any, encoding: Encoding) -> list[Tree | RowError]:
+    """Each input's sequences as a tree, their common prefix once; or the `RowError` that it has or is.
+
+    A sequence longer than `encoding.max_length` is an error, or truncated (`encoding.overlength`).
+    """
+    examples: list[Example | RowError] = []
+    for record in records:
+        try:
+            examples.append(record if isinstance(record, RowError) else read_input(record, encoding))
+        except RowError as error:
+            examples.append(error)
+    encoded = zip(examples, encode_examples(examples, tokenizer, encoding), strict=True)
+    return [_tree(example, sequences, tokenizer.bos_token_id, encoding) for example, sequences in encoded]
+
+
+def _tree(example: Example, sequences: Any, bos: int | None, encoding: Encoding) -> Tree | RowError:
+    if isinstance(sequences, RowError):
+        return sequences
+    limit = encoding.max_length or math.inf
+    for name, ids in zip(example.names, sequences, strict=True):
+        if not len(ids):
+            return RowError(f"{name!r} has no tokens")
+        if len(ids) > limit and encoding.overlength == "drop":
+            return RowError(f"{name!r} has {len(ids)} tokens, the limit is {limit}; overlength=truncate_left cuts it")
+    if max(map(len, sequences)) > limit:
+        sequences = truncate_left(sequences, limit, bos)
+    return make_tree(sequences)

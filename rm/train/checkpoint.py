@@ -6,21 +6,15 @@ sha256 of the others. It is read only if every file agrees with the manifest. Un
 (with pickles, for the same number of processes) replaces the first three.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast
-from safetensors import SafetensorError
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -33,19 +27,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from rm.config.errors import InputError, RunError
-from rm.config.files import GO_ON
-from rm.config.folders import damage, discard_folder, new_folder, publish_folder
+from rm.config.files import damage, discard_folder, new_folder, publish_folder
 from rm.train.processes import on_main_process
-from rm.train.run_dir import Run
+from rm.train.run_dir import Run, writing
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 WRAPPERS = r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\."  # prefixes that engines add to the names of weights
-
-
-class CheckpointError(RunError):
-    """A checkpoint cannot be written, or does not fit this model; one line that names the folder and the fix."""
+TO_MAIN_PROCESS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 class Checkpoints:
@@ -55,7 +45,6 @@ class Checkpoints:
         self.run, self.accelerator, self.model, self.state = run, accelerator, model, state
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
         self.is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.saved_step: int | None = None
 
     def resume(self) -> None:
         """Load the checkpoint that the run resumes from, if there is one. Raises `InputError` if it does not fit."""
@@ -67,24 +56,27 @@ class Checkpoints:
             raise InputError(f"{self.run.checkpoint} was written {how}; resume it in the same way")
         self._load(self.run.checkpoint, with_optimizer=True)
         self.state.load_state_dict(self.run.checkpoint_state)
-        self.saved_step = self.state.step
         logger.info(f"resumed from {self.run.checkpoint}: {self.state.step} steps are done")
 
     def save(self) -> None:
         """Write the checkpoint of the current step, then remove the oldest beyond `save_total_limit`.
 
-        Raises `CheckpointError` on every process if it cannot be written; the earlier ones are intact.
+        Raises `RunError` on every process if it cannot be written; the earlier ones are intact.
         """
         final = self.run.folder / "checkpoints" / f"step-{self.state.step}"
         state = self.state.state_dict() | {"content": self.run.content, "config": self.run.record}
         state |= {"format": 2, "deepspeed_processes": self.accelerator.num_processes if self.is_deepspeed else None}
-
-        def start() -> Path:
-            with writing(final):
-                return new_folder(final)
+        folder = on_main_process(self.accelerator, lambda: new_folder(final))
+        if self.is_deepspeed:
+            self.model.save_checkpoint(str(folder), "deepspeed", save_latest=False, exclude_frozen_parameters=True)
+            self.accelerator.wait_for_everyone()
+        else:
+            weights, moments = trained_weights(self.model), {}
+            if self.optimizer.state:  # it is empty before the first step, and torch would make a step to fill it
+                moments = get_optimizer_state_dict(self.model, self.optimizer, options=TO_MAIN_PROCESS)
 
         def publish() -> None:
-            with writing(final):
+            with writing(str(final), folder):
                 if not self.is_deepspeed:
                     tensors, rest = split_moments(moments)
                     save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors")
@@ -97,37 +89,22 @@ class Checkpoints:
                     if step != kept:
                         discard_folder(old)
 
-        folder = on_main_process(self.accelerator, start)
-        if self.is_deepspeed:
-            options = {"tag": "deepspeed", "save_latest": False, "exclude_frozen_parameters": True}
-            self.model.save_checkpoint(str(folder), **options)
-            self.accelerator.wait_for_everyone()
-        else:
-            weights, moments = trained_weights(self.model), {}
-            if self.optimizer.state:  # it is empty before the first step, and torch would make a step to fill it
-                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-                moments = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         on_main_process(self.accelerator, publish)
-        self.saved_step = self.state.step
         if self.run.hub:
             self.run.hub.push_checkpoint(final)  # in the background
 
     def load_best(self) -> None:
-        """Load the weights of the best evaluation, unless it is the last one."""
+        """Load the weights of the best evaluation, unless it is the last one or its checkpoint is damaged."""
         best = self.state.best
         if best.step in (None, self.state.step):
             return
         folder = self.run.folder / "checkpoints" / f"step-{best.step}"
         if problem := on_main_process(self.accelerator, lambda: damage(folder, "state.json")):
-            if self.saved_step != self.state.step:
-                self.save()
-            again = f"load_best_model_at_end=false metric_for_best_model={best.metric}"
-            problem = f"the checkpoint of the best evaluation, {folder}, is damaged ({problem})"
-            raise CheckpointError(f"{problem}; resume with {again} to save the last weights")
+            logger.warning(f"{folder}, the best evaluation, is damaged ({problem}): the last weights are saved instead")
+            return
         self._load(folder, with_optimizer=False)
         self.state.evaluation = {"step": best.step, "metrics": best.metrics}
-        value = f"{best.metric} {best.metrics[best.metric]:.4f}"
-        logger.info(f"the weights of the best evaluation, after step {best.step} ({value}), are saved")
+        logger.info(f"the best evaluation, after step {best.step}, is saved ({best.metric} {best.summary[1]:.4f})")
 
     def _load(self, path: Path, with_optimizer: bool) -> None:
         """Load weights and optimizer state; without DeepSpeed the main process reads them."""
@@ -137,64 +114,31 @@ class Checkpoints:
         weights, moments = {}, {}
 
         def read() -> bool:
-            try:
-                weights.update(load_file(path / "model.safetensors"))
-                rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-                if rest["groups"] and with_optimizer:
-                    moments.update(join_moments(load_file(path / "optimizer.safetensors"), rest, self.optimizer))
-            except (OSError, SafetensorError, ValueError) as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from None
-            if missing := sorted(set(trained_parameters(self.model)) - weights.keys()):
-                raise CheckpointError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
+            weights.update(load_file(path / "model.safetensors"))
+            if missing := sorted(trained_parameters(self.model).keys() - weights.keys()):
+                raise RunError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
+            rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
+            if rest["groups"] and with_optimizer:
+                moments.update(join_moments(load_file(path / "optimizer.safetensors"), rest, self.optimizer))
             return bool(moments)
 
-        has_moments = on_main_process(self.accelerator, read)
-        options = {"full_state_dict": True, "broadcast_from_rank0": self.accelerator.num_processes > 1}
-        if is_sharded(self.model):
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # the outermost weights stay unsharded after a forward pass
+        has_moments, is_many = on_main_process(self.accelerator, read), self.accelerator.num_processes > 1
+        # not strict: the checkpoint has no frozen weights
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_many, strict=False)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the outermost weights stay unsharded after a forward pass
         if has_moments:  # before the weights: torch may make a step to create the optimizer state
-            set_optimizer_state_dict(self.model, self.optimizer, moments, options=StateDictOptions(**options))
-        if is_sharded(self.model):  # strict: frozen weights are not in the checkpoint
-            set_model_state_dict(self.model, weights, options=StateDictOptions(**options, strict=False))
-            return
-        with torch.no_grad():
-            for name, p in trained_parameters(self.model).items():
-                if self.accelerator.is_main_process:
-                    p.copy_(weights[name])
-                broadcast(p.data)
-
-
-@contextmanager
-def writing(final: Path) -> Iterator[None]:
-    """Raise a failure to write the checkpoint `final` as `CheckpointError`, and remove what is there of it."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(final.with_name(f".{final.name}.partial"), ignore_errors=True)
-        intact = f"the earlier ones are intact: {GO_ON}"
-        raise CheckpointError(f"{final} could not be written ({str(error).splitlines()[0]}); {intact}") from None
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on the CPU, without prefixes of the engine; empty on the other processes under FSDP. Collective."""
-    if is_sharded(model):
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {re.sub(WRAPPERS, "", name): w.detach().cpu() for name, w in model.state_dict().items()}
+            set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
+        set_model_state_dict(self.model, weights, options=options)
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """`full_weights` without the frozen ones. Collective."""
+    """The trained weights on the CPU, under FSDP on the main process only. Collective."""
     parameters = trained_parameters(model)
-    if not is_sharded(model):
+    if not isinstance(model, FSDPModule):
         return {name: p.detach().cpu() for name, p in parameters.items()}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return {name: w for name, w in get_model_state_dict(model, options=options).items() if name in parameters}
+    return {name: w for name, w in get_model_state_dict(model, options=TO_MAIN_PROCESS).items() if name in parameters}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,14 +1,12 @@
 """The end of a run: first the final model and results.json, then what is made from the run directory alone."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import logging
 import os
 import platform
+import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -18,27 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
 from rm.config.errors import RunError
-from rm.config.files import GO_ON, finite, read_json
+from rm.config.files import finite, new_folder, read_json, write_file
+from rm.config.options import RewardConfig
 from rm.config.redact import redact
 from rm.data.dataset import PreferenceData
-from rm.evaluate.evaluator import Evaluator
-from rm.evaluate.terminal import final_table
-from rm.log.terminal import print_safely
-from rm.model.adapters import adapter_settings
-from rm.model.precision import is_half_precision
-from rm.model.reward_model import unwrapped
-from rm.model.saved import reward_scale, sample_of
-from rm.report import write_report
+from rm.evaluate.evaluator import Evaluator, final_table
+from rm.log.trackers import print_safely
+from rm.model.load import load_saved_classifier, merge_saved_adapter
+from rm.model.reward_model import RewardModel, is_half_precision, unwrapped
+from rm.model.saved import reward_scale, sample_of, set_scale
 from rm.report.card import model_card
-from rm.train.checkpoint import full_weights
-from rm.train.export import ExportError, save_model, verify_export
+from rm.train.checkpoint import WRAPPERS
 from rm.train.processes import on_main_process
-from rm.train.run_dir import Run
+from rm.train.run_dir import Run, writing
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -46,12 +42,10 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "accelerate", "transformers", "datasets", "peft", "wandb", "tokenizers")
 
 
-def finish_run(
-    run: Run, evaluator: Evaluator, state: TrainState, train_set: PreferenceData, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: PreferenceData) -> None:
     """Save the model, `export_check.json` for its check, and results.json. Collective.
 
-    Raises `ExportError` if the model cannot be written.
+    Raises `RunError` if the model cannot be written.
     """
     accelerator, model, config = evaluator.accelerator, evaluator.model, run.config
     details = evaluator.details(state.evaluation["step"])  # collective
@@ -60,30 +54,29 @@ def finish_run(
     scale = reward_scale(np.concatenate(rewards)) if rewards else None
     is_half = is_half_precision(model, accelerator.mixed_precision, config.tf32)
     check = evaluator.export_check() | {"tolerance": 5e-2 if is_half else 1e-3}  # collective
-    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    weights = accelerator.get_state_dict(model) if uses_deepspeed else full_weights(model)  # collective
+    is_sharded, options = isinstance(model, FSDPModule), StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options) if is_sharded else accelerator.get_state_dict(model)
     summary = state.means | state.evaluation["metrics"] | {"train/steps": state.step}
     if state.best.step is not None:
         summary["train/best_step"] = state.best.step
     summary["speed/train_seconds"] = round(state.train_seconds, 2)
-    summary["speed/pairs_per_second"] = round(state.num_pairs / max(state.train_seconds, 1e-9), 2)
+    summary["speed/pairs_per_second"] = round(state.num_pairs / state.train_seconds, 2)
     summary["speed/peak_memory_gb"] = round(peak_memory_gb(accelerator.device), 3)
 
     def save() -> None:
-        shutil.rmtree(export := run.folder / ".export", ignore_errors=True)
-        try:
-            save_model(unwrapped(model), weights, tokenizer, export, config, scale)
+        export = new_folder(run.folder / "model")
+        with writing(f"the model in {run.folder}", export):
+            save_model(unwrapped(model), weights, train_set.tokenizer, export, config, scale)
             sizes = run.publish(export)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(export, ignore_errors=True)
-            cause = str(error).splitlines()[0]
-            raise ExportError(f"the model cannot be written to {run.folder} ({cause}); {GO_ON}") from error
         run.write_json("export_check.json", {"files": sizes} | check)
+        saved = [read_json(run.folder / name) for name in sizes if name.endswith("adapter_config.json")]
+        # PEFT writes its sets in random order
+        adapter = {k: sorted(v, key=str) if isinstance(v, list) else v for file in saved for k, v in file.items()}
         seconds = round(time.perf_counter() - run.started, 2)
         run.results = {
             "summary": finite(summary) | {"speed/total_seconds": seconds, "output_dir": str(run.folder)},
             "config": run.record,
-            "adapter": adapter_settings(unwrapped(model).classifier),
+            "adapter": adapter or None,
             "layout": f"{evaluator.layout.name} ({evaluator.layout.reason})",
             "normalization": scale,
             "data": read_json(run.folder / "data_report.json"),
@@ -100,30 +93,21 @@ def finish_run(
 def complete_run(run: Run, accelerator: Accelerator) -> dict[str, Any]:
     """Write model card and report, check the saved model, push it to the hub, then write `finished.json`. Collective.
 
-    Returns the summary, which is also the last line on stdout. A finished run is only pushed. Raises `ExportError` at
-    the end if the check fails.
+    Returns the summary, which is also the last line on stdout. A finished run is only pushed. Raises `RunError` at the
+    end if the check fails.
     """
-    config, folder = run.config, run.folder
-
-    def check_export() -> dict[str, Any]:
-        expected = read_json(folder / "export_check.json")
-        sequences, rewards = expected["sequences"], list(map(float, expected["rewards"]))
-        try:
-            return {"passed": True} | verify_export(folder, sequences, rewards, expected["tolerance"], config)
-        except RunError as error:
-            return {"passed": False, "problem": str(error)}
 
     def complete() -> tuple[dict[str, Any], dict[str, Any]]:
-        is_finished, summary = run.is_finished, run.results["summary"]
-        if is_finished:
+        folder, summary, check = run.folder, run.results["summary"], run.finished_check()
+        if is_finished := bool(check):
             logger.info(f"the run in {folder} is finished: nothing to {'train' if run.hub else 'do'}")
-            check = read_json(folder / "finished.json")["export_check"]
         else:
             run.write_text("README.md", model_card(run.results, name=run.name, repo_id=run.hub and run.hub.repo_id))
             write_report(run.file("report.html").parent)
-            if (folder / "report.html").is_file():
-                logger.info(f"report: {folder / 'report.html'}")
-            check = check_export()
+            try:
+                check = {"passed": True} | verify_export(folder, read_json(folder / "export_check.json"), run.config)
+            except RunError as error:
+                check = {"passed": False, "problem": str(error)}
         pushed = summary.get("hub", {})
         must_push = run.hub and not (pushed.get("pushed") and pushed["repo"] == run.hub.repo_id)
         if must_push:
@@ -136,13 +120,99 @@ def complete_run(run: Run, accelerator: Accelerator) -> dict[str, Any]:
     summary, check = on_main_process(accelerator, complete)
     if accelerator.is_main_process:
         print_safely(final_table(summary, run.results["intervals"]), json.dumps(summary))
-    time.sleep(
-        0.1
-    )  # the thread of gloo needs the GIL to release the last collective, or the end deadlocks (torch 2.13)
+    # the thread of gloo needs the GIL to release the last collective, or the end deadlocks (torch 2.13)
+    time.sleep(0.1)
     accelerator.end_training()
     if not check["passed"]:
-        raise ExportError(f"{check['problem']}; the model and all results are in {folder}")
+        raise RunError(f"{check['problem']}; the model and all results are in {run.folder}")
     return summary
+
+
+def write_report(folder: Path) -> None:
+    """Write report.html of a run; an error is logged with its traceback, since it must not end the run."""
+    from rm.report.page import report_html  # imports matplotlib
+
+    try:
+        write_file(folder / "report.html", report_html([folder]))
+        logger.info(f"report: {folder / 'report.html'}")
+    except Exception:
+        logger.exception(f"report.html is not written; to try again: python -m rm.report {folder}")
+
+
+def save_model(
+    model: RewardModel,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    config: RewardConfig,
+    scale: dict[str, float | int] | None = None,
+) -> None:
+    """Write model and tokenizer to a new folder for `AutoModelForSequenceClassification.from_pretrained`.
+
+    With `merge_adapter` the merged model goes to `folder` and the adapter to `folder/adapter`.
+
+    Args:
+        model: unwrapped; its own tensors are not read, since they may be shards.
+        weights: all of them, as `Accelerator.get_state_dict` returns them.
+        scale: mean and standard deviation of rewards, for the model's config; None: none, nor that of the base model.
+    """
+    weights = {re.sub(WRAPPERS, "", name).removeprefix("classifier."): tensor for name, tensor in weights.items()}
+    is_merged = config.merge_adapter and hasattr(model.classifier, "peft_config")
+    first = folder / "adapter" if is_merged else folder
+    set_scale(model.config, scale)
+    model.classifier.save_pretrained(first, state_dict=weights)
+    tokenizer.save_pretrained(first)
+    if is_merged:
+        merged = merge_saved_adapter(str(first), tokenizer, config)
+        set_scale(merged.config, scale)
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # by PEFT; the model card replaces it
+
+
+@torch.no_grad()
+def verify_export(folder: Path, check: dict[str, Any], config: RewardConfig) -> dict[str, float | int]:
+    """Score the answers of `check` with the saved model and compare with the rewards of the evaluated model.
+
+    Once as token ids in a padded batch through the model. A whole model is also opened as the model card describes,
+    with `pipeline("text-classification", model=folder)`, and scores the texts that it tokenizes to the same ids.
+    `check` (export_check.json) has "sequences" of token ids, their "rewards", and the "tolerance" of differences,
+    relative to the largest reward (at least 1).
+
+    Returns the largest difference and the numbers of sequences compared. Raises `RunError` above the tolerance.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    model = load_saved_classifier(str(folder), tokenizer, config).eval()
+    ids, expected = check["sequences"], np.array(check["rewards"], dtype=np.float64)
+    bound = check["tolerance"] * max(1.0, float(np.abs(expected[np.isfinite(expected)]).max(initial=0)))
+
+    def compare(what: str, found: np.ndarray, expected: np.ndarray) -> float:
+        is_number = np.isfinite(expected)  # NaN in one answer of a packed row can spread to the other
+        difference = float(np.abs(found - expected)[is_number].max(initial=0))
+        if not difference <= bound:  # NaN is not
+            raise RunError(f"{what} differs from the evaluated model by {difference:.3g}, allowed {bound:.1g}")
+        return difference
+
+    padded = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
+    logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0]
+    worst = compare(f"the model saved in {folder}", logits.double().numpy(), expected)
+    del model  # the pipeline loads its own
+    texts = [tokenizer.decode(s, skip_special_tokens=False) for s in ids]
+    tokenized = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the texts have them
+    is_whole = not (folder / "adapter_config.json").exists()  # the pipeline opens no adapters
+    same = [i for i, found in enumerate(tokenized) if is_whole and found == ids[i]]
+    if same:
+        options = {"function_to_apply": "none", "device": "cpu", "trust_remote_code": config.trust_remote_code}
+        classify = pipeline("text-classification", model=str(folder), **options)
+        answers = classify([texts[i] for i in same], batch_size=len(same), top_k=None, add_special_tokens=False)
+        name = classify.model.config.id2label[0]
+        served = np.asarray([out["score"] for outputs in answers for out in outputs if out["label"] == name])
+        worst = max(worst, compare(f"transformers' pipeline on {folder}", served, expected[same]))
+    logger.info(
+        f"export checked: {len(ids)} sequences reloaded with transformers ({len(same)} of them through its pipeline), "
+        f"rewards agree to {worst:.1g}"
+    )
+    return {"largest_difference": worst, "sequences": len(ids), "through_pipeline": len(same)}
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -164,8 +234,8 @@ def git(*arguments: str) -> str | None:
 
 def provenance() -> dict[str, Any]:
     """Command (redacted by `run`), commit and uncommitted changes, package versions and machine."""
-    machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count()}
-    machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
     return {
         "command": sys.argv,
         "git_commit": git("rev-parse", "HEAD"),

@@ -1,7 +1,5 @@
 """Optimizer and learning-rate schedule, by the names of transformers. Another optimizer is one line in `OPTIMIZERS`."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable
@@ -12,7 +10,7 @@ from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 from rm.config.errors import InputError
-from rm.config.options import RewardConfig
+from rm.config.options import FOLLOW_EVALUATIONS, RewardConfig
 from rm.model.reward_model import RewardModel, find_head
 
 # name -> (class, arguments that transformers passes to it)
@@ -24,7 +22,6 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
     "adagrad": (torch.optim.Adagrad, {}),
     "rmsprop": (torch.optim.RMSprop, {}),
 }
-STEPPED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def parameter_groups(model: RewardModel, config: RewardConfig) -> list[dict[str, Any]]:
@@ -38,9 +35,8 @@ def parameter_groups(model: RewardModel, config: RewardConfig) -> list[dict[str,
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = []
     for is_head, lr in ((False, config.learning_rate), (True, config.head_learning_rate)):
-        members = [p for p in trained if (id(p) in head) == is_head]
         for is_matrix, decay in ((True, config.weight_decay), (False, 0.0)):
-            params = [p for p in members if (p.ndim >= 2) == is_matrix]
+            params = [p for p in trained if (id(p) in head, p.ndim >= 2) == (is_head, is_matrix)]
             groups += [{"params": params, "lr": lr, "weight_decay": decay}] if params else []
     return groups
 
@@ -62,12 +58,12 @@ def make_scheduler(
     optimizer: torch.optim.Optimizer, total_steps: int, config: RewardConfig, greater_is_better: bool
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The schedule `config.lr_scheduler_type` before the first step. Do not prepare it: Accelerate would step it once
-    per process. `greater_is_better`: direction of the metric of `STEPPED_BY_EVALUATION`.
+    per process. `greater_is_better`: direction of the metric that the schedule follows.
 
     Raises `InputError` for unknown `lr_scheduler_kwargs`.
     """
     name, kwargs = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs or {})
-    if name in STEPPED_BY_EVALUATION:
+    if name in FOLLOW_EVALUATIONS:
         kwargs = {"mode": "max" if greater_is_better else "min"} | kwargs
     elif name in ("constant", "constant_with_warmup") and kwargs:  # which transformers ignores silently
         raise InputError(f"lr_scheduler_kwargs={kwargs}: lr_scheduler_type={name} takes none")

@@ -1,65 +1,84 @@
-"""Processes: what all of them decide together, and the signals that stop a run."""
+"""The processes of a run: their accelerator, what they decide and sum up together, and the signals that stop them."""
 
-from __future__ import annotations
-
+import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from rm.config.errors import RunError
+from rm.collate import Batch
+from rm.config.errors import InputError, RunError
+from rm.config.options import RewardConfig
+from rm.data.plan import StepPlan
+from rm.forward import concatenated_forward
+from rm.log.trackers import prepare_trackers
+from rm.model.reward_model import set_tf32
+from rm.train.state import Meter
+
+logger = logging.getLogger(__name__)
 
 LAUNCHERS = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch`, by torchrun
-# of schedulers, Ctrl-C, Slurm's --signal, a closed terminal
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: a closed terminal
 SAME_SIGNAL = 1.0  # seconds: Ctrl-C arrives twice, from the terminal and from torchrun
 
 
-class Stopped(RunError):
-    """A signal stopped the run after a checkpoint."""
+def make_accelerator(config: RewardConfig) -> Accelerator:
+    """The accelerator of the run. Raises `InputError` for options that launcher, engine or device do not support."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
+        fix = f"without {', '.join(missing)}: start the program with torchrun, or unset WORLD_SIZE"
+        raise InputError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set {fix}")
+    prepare_trackers(config.report_to)
+    try:
+        # without `cpu=True` Accelerate runs each process of a torchrun on CPUs as a training of its own
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=not torch.accelerator.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # to tokenize, or write a checkpoint
+        )
+    except ValueError as error:  # fp16 without a GPU
+        raise InputError(f"mixed_precision={config.mixed_precision}: {error}") from None
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        # DeepSpeed clips gradients itself, and requires a batch size that has no effect here
+        plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.max_grad_norm}
+        unset_hf_deepspeed_config()  # or transformers loads shards under ZeRO-3, on which no head can be initialized
+    check_support(config, accelerator)
+    set_tf32(config.tf32)
+    if config.full_determinism:
+        transformers.enable_full_determinism(config.seed)
+    logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    return accelerator
 
-    exit_code = 128 + signal.SIGTERM
 
-
-class StopSignal:
-    """Whether the run was asked to stop after the current step: by a signal, or by the death of its launcher.
-
-    Before `listen` signals act as usual: there is nothing to save. A second signal ends the process at once.
-    `accelerate launch` forwards no signal to its only process: if the launcher dies, save a checkpoint and exit.
-    """
-
-    def __init__(self) -> None:
-        self.first: float | None = None  # when the first signal came
-        self.previous: dict[int, Any] = {}  # handlers to restore
-        self.launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
-
-    def listen(self) -> None:
-        for name in STOP_SIGNALS:
-            number = getattr(signal, name, None)  # Windows has fewer
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
-                self.previous[number] = signal.signal(number, self._receive)
-
-    def restore(self) -> None:
-        """Restore the handlers that were there before `listen`."""
-        for number, handler in self.previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
-
-    @property
-    def received(self) -> bool:
-        return self.first is not None or (self.launcher is not None and os.getppid() != self.launcher)
-
-    def _receive(self, number: int, _: Any) -> None:
-        if self.first is None:
-            self.first = time.monotonic()
-        elif time.monotonic() - self.first > SAME_SIGNAL:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+def check_support(config: RewardConfig, accelerator: Accelerator) -> None:
+    """Raise `InputError` for options that this engine or device does not support."""
+    engine, precision, problems = accelerator.distributed_type, accelerator.mixed_precision, {}
+    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        names = ("load_in_4bit", "load_in_8bit", "eval_dtype", "auto_find_batch_size")
+        problems |= dict.fromkeys(names, f"not supported under {engine.value}; leave it out, or use DDP or one process")
+    if accelerator.device.type == "cpu":
+        names = ("activation_offloading", "use_liger_kernel")
+        problems |= dict.fromkeys(names, "has no effect without a GPU; leave it out")
+    if precision != "no" and precision != {"bfloat16": "bf16", "float16": "fp16"}.get(config.eval_dtype):
+        problems.setdefault("eval_dtype", f"differs from mixed_precision={precision}; use the same type, or none")
+    for name, problem in problems.items():
+        if getattr(config, name):
+            raise InputError(f"{name}={getattr(config, name)}: {problem}")
+    if engine == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 0:
+        raise InputError("zero_stage: 0 gives no gradient norm; use 1, 2 or 3, or DDP")
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
@@ -78,8 +97,6 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> An
 
 def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
     """For each flag, whether it is true on any process. Collective; syncs the device."""
-    if accelerator.num_processes == 1:
-        return list(flags)
     counts = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
     return (accelerator.reduce(counts, "sum") > 0).tolist()
 
@@ -87,3 +104,102 @@ def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
 def seed_everything(seed: int, step: int, process_index: int) -> None:
     """Make the randomness of a step a function of (seed, step, process): no random state needs to be saved."""
     set_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1)[0]))
+
+
+class GradientAccumulation:
+    """The micro-batches of one step: gradients are communicated with the last one.
+
+    `auto_find_batch_size`: a step that runs out of memory is repeated with half the tokens per micro-batch and the same
+    result. A process that runs out in the backward pass would leave the others waiting for its gradients, so with this
+    option they are averaged after the step.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, plan: StepPlan, meter: Meter, may_repeat: bool):
+        self.accelerator, self.model, self.plan, self.meter = accelerator, model, plan, meter
+        self.may_repeat, self.ran_out = may_repeat, False
+        self.sync_after = may_repeat and accelerator.num_processes > 1
+
+    @contextmanager
+    def attempt(self, step: int) -> Iterator[None]:
+        """Run the micro-batches of `step`. If a process runs out of memory, `ran_out` is true afterwards, the memory is
+        free, and the next attempt has smaller micro-batches. Collective.
+
+        Raises `RunError` if the largest prompt of the step runs alone already.
+        """
+        self.meter.begin_step()
+        self.ran_out = False
+        try:
+            yield
+        except RuntimeError as error:
+            if not (self.may_repeat and should_reduce_batch_size(error)):
+                raise
+            self.ran_out = True
+        if self.may_repeat:
+            (self.ran_out,) = any_process(self.accelerator, self.ran_out)
+        if self.ran_out:
+            self.meter.undo_step()
+            self.model.zero_grad()  # that of Accelerate's optimizer has no effect between micro-batches
+            clear_device_cache(garbage_collection=True)
+            if not self.plan.halve_micro_batches(step):
+                raise RunError(f"out of memory in step {step + 1} with its largest prompt alone: lower max_length")
+            tokens = self.plan.micro_batch_tokens
+            logger.warning(f"out of memory: step {step + 1} is repeated with micro_batch_tokens={tokens}")
+        elif self.sync_after:
+            for p in self.model.parameters():
+                if p.requires_grad:
+                    p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+
+    def sync_on_last(self, i: int, count: int) -> AbstractContextManager:
+        """Context of micro-batch `i` of `count`: gradients are communicated with the last one only."""
+        is_last = i == count - 1
+        self.accelerator.gradient_state._set_sync_gradients(is_last)  # DeepSpeed and the fp16 scaler read it
+        return nullcontext() if is_last and not self.sync_after else self.accelerator.no_sync(self.model)
+
+    def settle_buckets(self, batch: Batch) -> None:
+        """Let DDP order its gradient buckets before the first step, of a new and of a resumed run. Collective.
+
+        DDP reorders them after the first backward pass. With three or more processes the order changes the rounding of
+        sums, so a resumed run would differ from an uninterrupted one.
+        """
+        if isinstance(self.model, DistributedDataParallel) and not self.sync_after:
+            chosen_C, rejected_C = concatenated_forward(self.model, batch.to(self.accelerator.device))
+            self.accelerator.backward(0.0 * (chosen_C + rejected_C).sum())
+            self.model.zero_grad()
+
+
+class Stopped(RunError):
+    """A signal stopped the run after a checkpoint."""
+
+
+class StopSignal:
+    """Whether the run was asked to stop after the current step: by a signal, or by the death of its launcher.
+
+    Before `listen` signals act as usual: there is nothing to save. A second signal ends the process at once.
+    `accelerate launch` forwards no signal to its only process: if the launcher dies, save a checkpoint and exit.
+    """
+
+    def __init__(self) -> None:
+        self.first: float | None = None  # when the first signal came
+        self.previous: dict[int, Any] = {}  # handlers to restore
+        self.launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
+
+    def listen(self) -> None:
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has set it
+                self.previous[number] = signal.signal(number, self._receive)
+
+    def restore(self) -> None:
+        """Restore the handlers that were there before `listen`."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
+
+    @property
+    def received(self) -> bool:
+        return self.first is not None or (self.launcher is not None and os.getppid() != self.launcher)
+
+    def _receive(self, number: int, _: Any) -> None:
+        if self.first is None:
+            self.first = time.monotonic()
+        elif time.monotonic() - self.first > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

@@ -4,29 +4,38 @@ A run replaces and removes only files that a run wrote. Their names are in `.run
 is written. While a process uses the directory, it holds the lock of `.run_lock`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 import zlib
-from fnmatch import fnmatchcase
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from rm.config.errors import InputError, RunError
-from rm.config.files import finite, fsync, naming, read_json, write_text
-from rm.config.folders import damage, digest, discard_folder, lock_folder
+from rm.config.files import (
+    GO_ON,
+    damage,
+    digest,
+    discard_folder,
+    finite,
+    fsync,
+    lock_folder,
+    naming,
+    read_json,
+    write_file,
+)
 from rm.config.options import RewardConfig, changed_options
 from rm.config.redact import redact
-from rm.model.source import find_base
+from rm.model.saved import find_base
 from rm.report.hub import FILES, Hub, open_repo
 from rm.train.processes import on_main_process
 
@@ -44,105 +53,75 @@ VERSION_1 = {"config.yaml", "metrics.jsonl", "results.json"}  # a directory of v
 KEPT_ON_RESUME = ("metrics.jsonl", "eval/", "samples/", "checkpoints/")
 
 
-def open_run(config: RewardConfig, accelerator: Accelerator) -> Run:
-    """Lock the run directory and find where training starts. Collective.
-
-    Raises `InputError`: another process uses it, it holds another run or files of others, or nothing can be resumed.
-    """
-    run = Run(config, accelerator)
-    vars(run).update(on_main_process(accelerator, run.open))  # clocks differ: the main process decides
-    if config.push_to_hub:
-        repo_id = on_main_process(accelerator, lambda: open_repo(config, run.name))
-        run.hub = Hub(repo_id, config) if accelerator.is_main_process else None
-    return run
-
-
 class Run:
-    """The directory of a run; only the main process writes it.
+    """The directory of a run, locked, and where training starts; only the main process writes it.
 
     folder, name: place and name. record: all options, resolved and redacted. checkpoint, checkpoint_state: where
     training resumes, or None. results: the content of results.json if the final model is saved, otherwise None.
+
+    The constructor is collective. It raises `InputError` if another process uses the directory, if it holds another run
+    or files of others, or if nothing can be resumed.
     """
 
     def __init__(self, config: RewardConfig, accelerator: Accelerator):
         self.config, self.accelerator, self.started = config, accelerator, time.perf_counter()
-        self.folder, self.name, self.hub = Path(), "", None
+        self.hub: Hub | None = None  # on the main process
         self.checkpoint: Path | None = None
         self.checkpoint_state: dict[str, Any] = {}
         self.results: dict[str, Any] | None = None
         self.content: dict[str, str] = {}  # fingerprints of data and base model
-        self.own: set[str] = set()  # what `.run_files` lists
         record = config.resolved(accelerator.num_processes, accelerator.mixed_precision)
         self.record = json.loads(json.dumps(redact(record), default=str))  # as a checkpoint returns it
+        vars(self).update(on_main_process(accelerator, self._open))  # clocks differ: the main process decides
 
-    # ---------------------------------------------------------------------------------------------- open
-
-    def open(self) -> dict[str, Any]:
-        """Lock the folder and find where training starts; returns what all processes share. Main process only."""
+    def _open(self) -> dict[str, Any]:
+        """Lock the folder and find where training starts; returns what all processes share."""
         try:
             self._make_folder()
-            self._check_model()
-            self._check_files()
             self.lock = lock_folder(self.folder)
-            self._check_files()  # again: the process that had the lock may have written a run
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: NUL in a name
-            problem = getattr(error, "strerror", error)
-            raise InputError(f"output_dir={self.folder} cannot be written: {problem}") from None
+            self._check_files()
+        except OSError as error:
+            raise InputError(f"output_dir={self.folder} cannot be written: {error.strerror}") from None
         if self.config.resume_from_checkpoint:
             self._find_start(self.config.resume_from_checkpoint)
+        if self.config.push_to_hub:
+            self.hub = Hub(open_repo(self.config, self.name), self.config)
         return {name: vars(self)[name] for name in ("folder", "name", "checkpoint", "checkpoint_state", "results")}
 
     def _make_folder(self) -> None:
+        """Raises `InputError` if the run would replace the model that it starts from, or the base of that adapter."""
         config, data = self.config, self.record["dataset_name"]
         data = "+".join(Path(place).name.split(".")[0] for place in ([data] if isinstance(data, str) else data))
         generated = f"{Path(self.record['model_name_or_path']).name}-{data[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        is_named = bool(config.output_dir or config.run_name)
         self.folder = Path(config.output_dir or Path("runs", config.run_name or generated))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=is_named)
-        except FileExistsError:
-            if is_named:
-                raise
+        if not (config.output_dir or config.run_name) and self.folder.exists():
             self.folder = Path(f"{self.folder}-{os.getpid()}")  # another run of the same second
-            self.folder.mkdir()
-        self.name = config.run_name or self.folder.resolve().name
-
-    def _check_model(self) -> None:
-        """Raise `InputError` if the run would replace the model that it starts from, or the base of that adapter."""
-        name = self.config.model_name_or_path
-        for model in {name, find_base(name)[0]} if Path(name).is_dir() else ():
-            if Path(model).resolve() in (self.folder.resolve(), (self.folder / "adapter").resolve()):
-                raise InputError(f"output_dir={self.folder} would replace '{model}', which the run begins with")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.name, model = config.run_name or self.folder.resolve().name, config.model_name_or_path
+        for place in {model, find_base(model)[0]} if Path(model).is_dir() else ():
+            if Path(place).resolve() in (self.folder.resolve(), (self.folder / "adapter").resolve()):
+                raise InputError(f"output_dir={self.folder} would replace '{place}', which the run begins with")
 
     def _check_files(self) -> None:
         """Read which files belong to a run. Raises `InputError` if the run may not be replaced, or for other files."""
-        names = self._files()
-        if (self.folder / RECORD).is_file():
-            lines = (self.folder / RECORD).read_text(encoding="utf-8").splitlines()
-            self.own = {name for name in lines if not Path(name).is_absolute() and ".." not in Path(name).parts}
-        else:
-            self.own = set(names) if VERSION_1 <= set(names) else set()
-        if self.own & set(names) and not (self.config.overwrite_output_dir or self.config.resume_from_checkpoint):
+        paths = {path for pattern in PATTERNS for path in self.folder.glob(pattern)}
+        found = {path.relative_to(self.folder).as_posix(): path for path in sorted(paths)}
+        record = self.folder / RECORD
+        lines = list(found.keys() - {*FOLDERS}) if VERSION_1 <= found.keys() else []
+        lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else lines
+        self.own = {name for name in lines if not Path(name).is_absolute() and ".." not in Path(name).parts}
+        if self.own & found.keys() and not (self.config.overwrite_output_dir or self.config.resume_from_checkpoint):
             fix = "choose another, or give overwrite_output_dir=true or resume_from_checkpoint=latest"
             raise InputError(f"output_dir={self.folder} already holds a run; {fix}")
-        for name in names:
-            is_folder = (self.folder / name).is_dir() and not name.startswith("checkpoints/")
-            if name not in self.own or is_folder:
+        for name, path in found.items():
+            is_folder = name in FOLDERS or name.startswith("checkpoints/")
+            if path.is_dir() != is_folder or name not in (*self.own, *FOLDERS):
                 fix = "no run of this program wrote it; move it away, or choose another output_dir"
                 raise InputError(f"output_dir={self.folder}: '{name}' is in the way: {fix}")
 
-    def _files(self) -> list[str]:
-        """The names of the existing files that a run may write."""
-        folders = [self.folder, *(self.folder / name for name in FOLDERS if (self.folder / name).is_dir())]
-        paths = [path for folder in folders for path in sorted(folder.iterdir()) if path not in folders]
-        names = [path.relative_to(self.folder).as_posix() for path in paths]
-        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in PATTERNS)]
-
     def _find_start(self, resume_from: str) -> None:
-        results = read_json(self.folder / "results.json") or {}
-        if resume_from == "latest" and results.keys() >= {"config", "summary"} and self.has_files("export_check.json"):
+        results = read_json(self.folder / "results.json")
+        if resume_from == "latest" and results and self.has_files("export_check.json"):
             reject(changed_options(results["config"], self.record, True), self.folder)
             self.results = results
             return
@@ -168,29 +147,8 @@ class Run:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, path) of the checkpoints, oldest first, damaged ones included."""
-        paths = (self.folder / "checkpoints").glob("step-*")
-        found = [(int(match[1]), path) for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))]
-        return sorted((step, path) for step, path in found if path.is_dir())
-
-    def write_finished(self, export_check: dict[str, Any]) -> None:
-        """Write `finished.json`: the sizes of the files that the end of a run writes, and the result of the check."""
-        names = [name for name in sorted(self.own - {"finished.json"}) if not name.startswith(KEPT_ON_RESUME)]
-        sizes = {name: (self.folder / name).stat().st_size for name in names if (self.folder / name).is_file()}
-        self.write_json("finished.json", {"export_check": export_check, "files": sizes})
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether `finished.json` says that the export check passed, and every file has its size."""
-        check = (read_json(self.folder / "finished.json") or {}).get("export_check", {})
-        return check.get("passed") is True and self.has_files("finished.json")
-
-    def has_files(self, name: str) -> bool:
-        """Whether every file that the JSON file `name` lists has the size that it states."""
-        sizes = (read_json(self.folder / name) or {}).get("files", {}).items()
-        paths = [(self.folder / file, size) for file, size in sizes]
-        return bool(paths) and all(path.is_file() and path.stat().st_size == size for path, size in paths)
-
-    # ---------------------------------------------------------------------------------------------- train
+        paths = {path.name.removeprefix("step-"): path for path in (self.folder / "checkpoints").glob("step-*")}
+        return sorted((int(step), path) for step, path in paths.items() if step.isdecimal())  # not step-3.replaced
 
     def check_content(self, model: Any, train_set: Any, eval_set: Any) -> None:
         """Raise `InputError` if the data or the base model of a resumed run have changed. Collective."""
@@ -211,13 +169,12 @@ class Run:
 
         def claim() -> None:
             with naming(self.folder):
-                for hidden in (self.folder / ".export", *(self.folder / "checkpoints").glob(".step-*.partial")):
+                for hidden in (self.folder / "checkpoints").glob(".step-*.partial"):
                     shutil.rmtree(hidden, ignore_errors=True)
-                for name in [name for name in self.own if not (self.checkpoint and name.startswith(KEPT_ON_RESUME))]:
-                    path = self.folder / name
+                kept = {name for name in self.own if self.checkpoint and name.startswith(KEPT_ON_RESUME)}
+                for path in (self.folder / name for name in self.own - kept):
                     discard_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
-                    self.own.remove(name)
-                write_text(self.folder / RECORD, "".join(f"{name}\n" for name in sorted(self.own)))
+                self.own = kept
                 for step, newer in self.checkpoints():
                     if step > self.checkpoint_state["step"]:  # damaged or superseded: the run comes here again
                         shutil.rmtree(aside := self.file(f"checkpoints/{newer.name}.replaced"), ignore_errors=True)
@@ -235,8 +192,6 @@ class Run:
             self.hub.close()
         self.accelerator.wait_for_everyone()  # torchrun ends the main process when another one has ended
 
-    # ---------------------------------------------------------------------------------------------- files
-
     def file(self, name: str) -> Path:
         """The path of a file of the run, to write it: the name is recorded and the folder made.
 
@@ -247,17 +202,14 @@ class Run:
             if name not in self.own:
                 if path.exists():
                     raise RunError(f"'{path}' is in the way: no run wrote it; move it away, then resume")
-                with open(self.folder / RECORD, "a", encoding="utf-8") as record:
-                    record.write(name + "\n")
-                    record.flush()
-                    os.fsync(record.fileno())
                 self.own.add(name)
+                write_file(self.folder / RECORD, "".join(f"{name}\n" for name in sorted(self.own)))
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file of the run, redacted; it has the old content or the new one, whenever the machine stops."""
-        write_text(self.file(name), redact(text, "commit"), errors="backslashreplace")  # commits are no secrets
+        write_file(self.file(name), redact(text, "commit"))  # commits are no secrets
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the run, redacted, in the same way; NaN and infinities become strings."""
@@ -275,6 +227,23 @@ class Run:
         shutil.rmtree(folder)
         return sizes
 
+    def has_files(self, name: str) -> bool:
+        """Whether every file that the JSON file `name` lists has the size that it states."""
+        sizes = (read_json(self.folder / name) or {}).get("files", {})
+        paths = {self.folder / file: size for file, size in sizes.items()}
+        return bool(paths) and all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+    def write_finished(self, export_check: dict[str, Any]) -> None:
+        """Write `finished.json`: the sizes of the files that the end of a run writes, and the result of the check."""
+        names = [name for name in sorted(self.own - {"finished.json"}) if not name.startswith(KEPT_ON_RESUME)]
+        sizes = {name: (self.folder / name).stat().st_size for name in names if (self.folder / name).is_file()}
+        self.write_json("finished.json", {"export_check": export_check, "files": sizes})
+
+    def finished_check(self) -> dict[str, Any] | None:
+        """The export check in `finished.json`, if it passed and every file has its size; otherwise None."""
+        check = (read_json(self.folder / "finished.json") or {}).get("export_check", {})
+        return check if check.get("passed") is True and self.has_files("finished.json") else None
+
 
 def model_fingerprint(model: Any) -> str:
     """sha256 of a model's configuration and of the names, shapes, types and contents (CRC-32) of its weights."""
@@ -291,3 +260,13 @@ def reject(changes: list[str], where: Path | None) -> None:
     if changes:
         fix = "resume with the options and data it began with, or give another output_dir"
         raise InputError(f"{where} is of another run ({'; '.join(changes)}); {fix}")
+
+
+@contextmanager
+def writing(what: str, partial: Path) -> Iterator[None]:
+    """Raise a failure to write as `RunError`, and remove the folder `partial`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{what} cannot be written ({str(error).splitlines()[0]}); {GO_ON}") from error

@@ -3,8 +3,6 @@
 Shape suffixes: C comparisons, K meters.
 """
 
-from __future__ import annotations
-
 import difflib
 import logging
 import math
@@ -34,7 +32,7 @@ class NonFiniteError(RunError):
 
 
 class Meter:
-    """Sums over comparisons since the last log, on the device; only `is_finite`, `read` and `state_dict` sync it.
+    """Sums over comparisons since the last log, on the device; `read` and `state_dict` sync it.
 
     Each comparison counts with its share, so that a prompt counts once. Label ties (p_chosen = 0.5) have no accuracy.
     """
@@ -54,9 +52,6 @@ class Meter:
     def undo_step(self) -> None:
         """Forget what was added since `begin_step`: the step is repeated or skipped."""
         self.sums.copy_(self.before_step)
-
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.sums).all())  # syncs the device
 
     def update(self, loss_C: Tensor, chosen_C: Tensor, rejected_C: Tensor, batch: Batch) -> None:
         """Add the comparisons of one micro-batch (share 0 in a dummy micro-batch), and its tokens."""
@@ -84,10 +79,11 @@ class Meter:
 
     def load_state_dict(self, state: list[list[float]]) -> None:
         """Restore the sums; all of them on the main process if the number of processes has changed."""
-        if len(state) != self.accelerator.num_processes:
-            rest = [[0.0] * len(self.sums)] * self.accelerator.num_processes
-            state = [[sum(column) for column in zip(*state, strict=True)], *rest]
-        self.sums.copy_(torch.tensor(state[self.accelerator.process_index], dtype=torch.float64))
+        sums = torch.tensor(state, dtype=torch.float64)
+        if len(state) == self.accelerator.num_processes:
+            self.sums.copy_(sums[self.accelerator.process_index])
+        elif self.accelerator.is_main_process:
+            self.sums.copy_(sums.sum(0))
 
 
 class BestEvaluation:
@@ -99,13 +95,10 @@ class BestEvaluation:
 
     def __init__(self, config: RewardConfig, eval_set: PreferenceData):
         self.metric, self.greater_is_better = config.metric_for_best_model, config.greater_is_better
-        if self.metric is not None and self.metric not in (
-            known := evaluation_metrics(evaluation_table(eval_set), config)
-        ):
+        known = evaluation_metrics(evaluation_table(eval_set), config) if self.metric else {}
+        if self.metric and self.metric not in known:
             near = ", ".join(difflib.get_close_matches(self.metric, known, n=5, cutoff=0))
-            raise InputError(
-                f"metric_for_best_model={self.metric}: no such metric; the nearest of {len(known)}: {near}"
-            )
+            raise InputError(f"metric_for_best_model={self.metric}: no such metric; the nearest: {near}")
         if self.greater_is_better is None:
             self.greater_is_better = find_metric(self.metric or "eval/loss").higher_is_better
         if self.greater_is_better is None:
@@ -139,16 +132,12 @@ class BestEvaluation:
 
 
 class TrainState:
-    """Counters, means, and the objects with a state. Attributes in `VALUES` are saved as they are.
+    """Counters, means, and the objects with a state.
 
     step: optimizer steps done, skipped ones included. skipped_steps, skipped_in_a_row: steps without an update.
     seconds: of training since the last log. means: the last logged ones. num_pairs, train_seconds: of logged steps.
     evaluation: {"step", "metrics"} of the last one. metrics_lines: lines of metrics.jsonl that a resumed run keeps.
     """
-
-    VALUES = (
-        "step skipped_steps skipped_in_a_row seconds means num_pairs train_seconds evaluation metrics_lines"
-    ).split()
 
     def __init__(
         self, config: RewardConfig, accelerator: Accelerator, plan: StepPlan, scheduler: Any, best: BestEvaluation
@@ -158,6 +147,7 @@ class TrainState:
         self.means: dict[str, float] = {}
         self.evaluation: dict[str, Any] = {"step": None, "metrics": {}}
         self.metrics_lines: int | None = None
+        self.saved = list(vars(self))  # the attributes so far are saved as they are
         self.meter, self.best, self.scaler = Meter(accelerator), best, accelerator.scaler
         self.config, self.plan, self.scheduler = config, plan, scheduler
 
@@ -187,7 +177,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON takes it. Collective."""
-        return {name: getattr(self, name) for name in self.VALUES} | {
+        return {name: vars(self)[name] for name in self.saved} | {
             "best": self.best.state_dict(),
             "meter": self.meter.state_dict(),
             "schedule": self.scheduler.state_dict(),
@@ -196,10 +186,8 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Raises `InputError` if a value is missing."""
-        if missing := [name for name in self.VALUES if name not in state]:
-            raise InputError(f"state.json of the checkpoint lacks {', '.join(missing)}: another version wrote it")
-        vars(self).update({name: state[name] for name in self.VALUES})
+        """Restore what `state_dict` returned."""
+        vars(self).update({name: state[name] for name in self.saved})
         vars(self.best).update(state["best"])
         self.meter.load_state_dict(state["meter"])
         self.scheduler.load_state_dict(state["schedule"])

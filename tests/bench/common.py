@@ -11,7 +11,6 @@ import numpy as np  # noqa: E402
 from rm.config.options import RewardConfig  # noqa: E402
 from rm.data.cache import tokenize_source  # noqa: E402
 from rm.data.dataset import PreferenceData  # noqa: E402
-from rm.data.formats import detect_format  # noqa: E402
 from rm.data.load import load_source  # noqa: E402
 
 
@@ -24,8 +23,7 @@ def make_config(args: argparse.Namespace, **options) -> RewardConfig:
 def tokenize(path: str, tokenizer, config: RewardConfig) -> PreferenceData:
     """The usable pairs of one file, with no part held out."""
     source = load_source(path, split="train")
-    encoding = detect_format(source, config, tokenizer)
-    return tokenize_source(source, "train", tokenizer, encoding, config.dataset_num_proc)
+    return tokenize_source(source, "train", tokenizer, config)
 
 
 def pair_ids(data: PreferenceData) -> list[dict[str, list[int]]]:

@@ -72,7 +72,7 @@ def run_ours(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
         turn.wait()
         rewards = np.stack(score_prompts(model, data, layout, args.micro_batch_tokens, accelerator))
         turn.tokens = int(data.costs(layout).sum())  # rows of trees have no padding
-        turn.note = {"accuracy": float(accuracy(rewards[:, 0] - rewards[:, 1]))}
+        turn.note = {"accuracy": float(accuracy(rewards[:, 0] - rewards[:, 1], np.ones(len(rewards))))}
     turn.wait()
 
 
@@ -111,7 +111,7 @@ def run_ours_candidates(turn: Turn, args: argparse.Namespace, chunks: dict) -> N
         trees = TreeList([Tree(np.array(tree["prompt"]), [np.array(a) for a in tree["answers"]]) for tree in chunk])
         turn.wait()
         rewards = score_prompts(model, trees, layout, args.micro_batch_tokens)
-        turn.tokens = sum(map(len, trees.items))
+        turn.tokens = sum(map(len, trees))
         turn.note = {"rewards": np.concatenate(rewards).tolist()}
     turn.wait()
 

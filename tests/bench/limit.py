@@ -48,7 +48,7 @@ def main() -> None:
     base.set_attn_implementation("sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     layout = Layout("shared_prefix", tokenizer.pad_token_id, by_tree=True)
-    plan, meter = StepPlan(data, layout, config, args.batch), Meter(Accelerator(cpu=True))
+    plan, meter = StepPlan(data, layout, config, args.batch, 0, 1), Meter(Accelerator(cpu=True))
 
     def autocast():
         return torch.autocast("cpu", torch.bfloat16, enabled=args.bf16)

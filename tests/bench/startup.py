@@ -24,13 +24,13 @@ from turns import Contender, Turn  # noqa: E402
 
 def run_ours(turn: Turn, args: argparse.Namespace) -> None:
     import train_rm
-    from rm.train.oom import GradientAccumulation
+    from rm.train.processes import GradientAccumulation
 
     attempt = GradientAccumulation.attempt
 
-    def waiting_attempt(self):
+    def waiting_attempt(self, step):
         turn.wait()
-        return attempt(self)
+        return attempt(self, step)
 
     GradientAccumulation.attempt = waiting_attempt
     given = dict(model_name_or_path=args.model, dataset_name=args.data, output_dir=args.output_dir)

@@ -46,7 +46,6 @@ def run_ours(turn: Turn, args: argparse.Namespace) -> None:
     from common import make_config
 
     from rm.data.cache import tokenize_source
-    from rm.data.formats import detect_format
     from rm.data.load import load_source
     from rm.model.load import load_tokenizer
 
@@ -56,7 +55,7 @@ def run_ours(turn: Turn, args: argparse.Namespace) -> None:
     for number in range(args.rounds + 1):
         source = load_source(f"{args.folder}/rows-{number}.jsonl", split="train")
         turn.wait()
-        kept = tokenize_source(source, "train", tokenizer, detect_format(source, config, tokenizer), args.num_proc)
+        kept = tokenize_source(source, "train", tokenizer, config)
         chosen, rejected = kept.trees([0])[0].sequences()
         turn.note = {"kept": len(kept), "first": [*chosen.tolist(), *rejected.tolist()]}
         turn.tokens = len(kept)

@@ -35,7 +35,7 @@ def main() -> None:
         return sum(2 * len(batch) * longer[batch].max() for batch in batches) / num
 
     def ours(layout: Layout) -> float:
-        plan, total = StepPlan(data, layout, config, args.batch), 0
+        plan, total = StepPlan(data, layout, config, args.batch, 0, 1), 0
         for step in range(plan.steps_per_epoch):
             for micro_batch in plan.step(step)[0]:
                 total += len(micro_batch.rows) * max(plan.costs[row].sum() for row in micro_batch.rows)

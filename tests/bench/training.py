@@ -53,13 +53,13 @@ CONTENDERS = {
 def run_ours(turn: Turn, args: argparse.Namespace, precision: str, options: dict) -> None:
     import train_rm
     from rm.log.trackers import RunLog
-    from rm.train.oom import GradientAccumulation
+    from rm.train.processes import GradientAccumulation
 
     attempt, collate, log = GradientAccumulation.attempt, train_rm.collate, RunLog.log
 
-    def waiting_attempt(self):
+    def waiting_attempt(self, step):
         turn.wait()
-        return attempt(self)
+        return attempt(self, step)
 
     def counting_collate(*arguments):
         batch = collate(*arguments)
@@ -164,7 +164,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     load_reward_model(tokenizer, config).classifier.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     data, _ = load_data(tokenizer, config)
-    plan = StepPlan(data, Layout("shared_prefix", tokenizer.pad_token_id, by_tree=True), config, args.batch)
+    plan = StepPlan(data, Layout("shared_prefix", tokenizer.pad_token_id, by_tree=True), config, args.batch, 0, 1)
     order = [int(i) for step in range(args.steps + 2) for i in plan.prompts(step)]
     rows = pair_ids(data)
     args.tokens, args.model = str(folder / "tokens.json"), str(folder / "model")

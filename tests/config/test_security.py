@@ -17,11 +17,11 @@ import torch
 import wandb_files
 from conftest import tiny_classifier, tiny_tokenizer
 from runs import ROOT, SMALL, merged, reset_accelerate
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train_rm
-from rm.config.folders import damage, digest
-from rm.train.checkpoint import CheckpointError
+from rm.config.files import damage, digest
 
 SAYS = {word: [{"role": "user", "content": "w3"}, {"role": "assistant", "content": word}] for word in ("w4", "w5")}
 TALK = [{"chosen": SAYS["w4"], "rejected": SAYS["w5"]}] * 4
@@ -144,7 +144,7 @@ def test_a_pickled_checkpoint_is_not_run(train, marker):
         manifest = {path.name: digest(path) for path in checkpoint.iterdir() if path.name != "manifest.json"}
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
         assert damage(checkpoint) is None
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises((SafetensorError, ValueError)):
             train("run", *options, f"--resume_from_checkpoint={checkpoint}")
         (checkpoint / name).write_bytes(content)
 
@@ -156,7 +156,7 @@ def custom_model(path: Path) -> str:
     config = json.loads((path / "config.json").read_text())
     classes = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")}
     (path / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": classes}))
-    return f"no model could be loaded from '{path}': "
+    return f"'{path}' could not be loaded as a reward model: "
 
 
 def custom_tokenizer(path: Path) -> str:

@@ -163,14 +163,14 @@ WRONG_ROWS = [  # (a good row, a wrong row, the message)
     (TALK | {"tools": "[]"}, TALK | {"tools": "5"}, "'tools' is a number, expected a list"),
     (TALK | {"prompt": "hi"}, TALK | {"prompt": "yes"},
      """'prompt' is text, but not a message of 'chosen'; give it as [{"role": "user", "content": ...}]"""),
-    (IDS, {"chosen_ids": [8]}, "'rejected_ids' is missing (null), expected a list of whole numbers"),
-    (IDS, IDS | {"chosen_ids": [8, None]}, "chosen_ids[1] is missing (null), expected a whole number"),
-    (IDS, IDS | {"rejected_ids": [8, "x"]}, "rejected_ids[1] is text, expected a whole number"),
-    (IDS, IDS | {"chosen_ids": [8, -1]}, "'chosen_ids' has the token id -1, the tokenizer 0 to 28"),
-    (IDS, IDS | {"rejected_ids": [8, 29]}, "'rejected_ids' has the token id 29, the tokenizer 0 to 28"),
+    (IDS, {"chosen_ids": [8]}, "'rejected_ids' is not a list of whole numbers"),
+    (IDS, IDS | {"chosen_ids": [8, None]}, "'chosen_ids' is not a list of whole numbers"),
+    (IDS, IDS | {"rejected_ids": [8, "x"]}, "'rejected_ids' is not a list of whole numbers"),
+    (IDS, IDS | {"chosen_ids": [8, -1]}, "'chosen_ids' has token ids from -1 to 8, the tokenizer 0 to 28"),
+    (IDS, IDS | {"rejected_ids": [8, 29]}, "'rejected_ids' has token ids from 8 to 29, the tokenizer 0 to 28"),
     (MASKED, MASKED | {"chosen_mask": [1]}, "'chosen_ids' needs an attention mask of as many 0s and 1s as it has"),
     (MASKED, MASKED | {"chosen_mask": [1, 2]}, "'chosen_ids' needs an attention mask of as many 0s and 1s as it"),
-    (MASKED, IDS, "'chosen_mask' is missing (null), expected a list of 0s and 1s"),
+    (MASKED, IDS, "'chosen_ids' needs an attention mask of as many 0s and 1s as it has"),
 ]  # fmt: skip
 
 
@@ -214,10 +214,10 @@ def test_wrong_columns(data_of, rows, message):
 
 
 def test_options_that_do_not_fit_the_data(data_of):
-    with pytest.raises(InputError, match="rows.jsonl: conversations need a chat template, .* set chat_template_path"):
+    with pytest.raises(InputError, match="row 1: conversations need a chat template, .* set chat_template_path"):
         data_of([TALK], word_tokenizer(chat_template=None))
     without_eos = word_tokenizer(eos_token=None)
-    with pytest.raises(InputError, match="rows.jsonl: the tokenizer has no EOS token .*; set add_eos to false"):
+    with pytest.raises(InputError, match="rows.jsonl, row 1: the tokenizer has no EOS token .*; set add_eos to false"):
         data_of([GOOD], without_eos)
     assert decoded(data_of([GOOD], without_eos, add_eos=False), without_eos) == [("a", "b")]
 
@@ -229,16 +229,15 @@ BAD_BYTES = {
 
 
 @pytest.mark.parametrize("line", BAD_BYTES, ids=["latin", "surrogate"])
-@pytest.mark.parametrize("kind", ["text", "messages", "array"])
+@pytest.mark.parametrize("kind", ["text", "messages"])
 def test_bytes_that_are_no_text(tokenizer, own_cache, tmp_path, line, kind):
     lines = [b'{"chosen": "a", "rejected": "b"}', line]
     if kind == "messages":  # the key x of one row makes the reader store messages in another way (type Json)
         lines = [re.sub(rb'("[^"]*")([,}])', rb'[{"role": "user", "content": \1}]\2', line) for line in lines]
         lines.append(json.dumps(TALK | {"chosen": [{"role": "user", "content": "a", "x": 1}]}).encode())
     path = tmp_path / "rows.json"
-    path.write_bytes(b"[" + b",".join(lines) + b"]" if kind == "array" else b"\n".join(lines))
-    in_row = "(, row 2)?" if kind == "array" and b"\xe9" in line else ", row 2"
-    with pytest.raises(InputError, match=f"rows.json{in_row}: (cannot be read: .*)?{BAD_BYTES[line]}") as error:
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match=f"rows.json, row 2: {BAD_BYTES[line]}") as error:
         read(str(path), tokenizer)
     assert "\n" not in str(error.value)
 

@@ -204,21 +204,23 @@ def folder(**files: bytes):
 
 UNREADABLE = {
     "missing.jsonl": (None, "there is no such file or folder$"),
-    "rows.txt": (b"a", r"unknown extension; use \.json, \.jsonl, \.parquet or \.csv \(also with \.gz\)$"),
-    "empty.json": (b"", "the file is empty$"),
-    "empty.csv.gz": (b"", "the file is empty$"),
-    "blank.json": (b"\n\n", "there are no rows; give a data set with preference pairs$"),
-    "head.csv": (b"chosen,rejected\n", "there are no rows"),
-    "no files": (folder(README_md=b"hello"), r"the folder has no data files; use \.json"),
+    "rows.txt": (b"a", r"unknown extension; use \.json, \.jsonl, \.parquet, \.csv, also with \.gz$"),
+    "empty.json": (b"", "row 1: Empty JSON stream$"),
+    "empty.csv.gz": (b"", "cannot be read: EmptyDataError: No columns to parse from file$"),
+    "blank.json": (b"\n\n", "row 1: Empty JSON stream$"),
+    "head.csv": (b"chosen,rejected\n", "cannot be read: ValueError: Instruction .train. corresponds to no data!$"),
+    "no rows.parquet": (lambda path: Dataset.from_list([GOOD]).select([]).to_parquet(path), "cannot be .* no data!"),
+    "no files": (folder(README_md=b"hello"), "cannot be read: EmptyDatasetError: .* doesn't contain any data files"),
     "script": (folder(script_py=b"1 / 0", train_jsonl=MANY), "cannot be read: .*Dataset scripts are no longer supp"),
     "card": (folder(README_md=b"---\na: !!python/object/apply:os.mkdir ['x']\n---\n", train_jsonl=MANY),
              "cannot be read: .*could not determine a constructor"),
-    "folder": (folder(train_jsonl=json_lines(GOOD) + b"{"), "/train.jsonl, row 2: cannot be read: JSONDecodeError"),
-    "number.jsonl": (json_lines(GOOD, 5), "row 2: is not an object with keys$"),
-    "cut.jsonl": (json_lines(GOOD) + b'{"chosen": "a', "row 2: cannot be read: JSONDecodeError"),
-    "zipped nothing.jsonl.gz": (gzip.compress(b""), "cannot be read: the file is empty$"),
-    "plain.jsonl.gz": (MANY, "cannot be read: BadGzipFile"),
-    "cut.jsonl.gz": (gzip.compress(MANY)[:-30], r"row \d+: cannot be read: EOFError"),
+    "folder": (folder(train_jsonl=json_lines(GOOD) + b"{"), "/train.jsonl, row 2: JSON parse error: Missing a name"),
+    "number.jsonl": (json_lines(GOOD, 5), r"row 2: JSON parse error: Column\(\) changed from object to number"),
+    "cut.jsonl": (json_lines(GOOD) + b'{"chosen": "a', "row 2: JSON parse error: Missing a closing quotation mark"),
+    "cut array.json": (b"[" + json_lines(GOOD), "cannot be read: .*Error: "),
+    "zipped nothing.jsonl.gz": (gzip.compress(b""), "row 1: Empty JSON stream$"),
+    "plain.jsonl.gz": (MANY, "row 1: Not a gzipped file"),
+    "cut.jsonl.gz": (gzip.compress(MANY)[:-30], r"row \d+: Compressed file ended before the end-of-stream marker"),
     "cut.json.gz": (gzip.compress(b"[" + MANY)[:-30], "cannot be read: EOFError"),
     "cut.csv.gz": (gzip.compress(b"chosen,rejected\n" + b"a,b\n" * 5000)[:-30], "cannot be read: EOFError"),
     "cut saved": (cut_saved, "cannot be read: ArrowInvalid"),
@@ -243,7 +245,7 @@ def test_a_url_and_a_hub_that_is_not_reached(monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionError("Couldn't reach\nthe Hub")
 
-    with pytest.raises(InputError, match="^https://host/a.jsonl: is a URL; download the file and give its path$"):
+    with pytest.raises(InputError, match="^https://host/a.jsonl: there is no such file or folder$"):
         load_source("https://host/a.jsonl", split="train")
     monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
     problem = "no local file or folder, and the hub does not provide it: ConnectionError: Couldn't reach the Hub"

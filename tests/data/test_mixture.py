@@ -62,7 +62,7 @@ def test_three_formats_in_one_on_disk(load, tokenizer):
     train, _ = load([1, 1.5, 2])
     assert [part.encoding.kind for part in train.sets.values()] == ["text", "conversation", "tokens"]
     assert sizes(train) == [10, 6, 6] and len(train) == 22
-    assert [train.set_of(i) for i in (0, 9, 10, 15, 16, 21)] == ["text", "text", "talk", "talk", "ids", "ids"]
+    assert train.set_names[[0, 9, 10, 15, 16, 21]].tolist() == ["text", "text", "talk", "talk", "ids", "ids"]
     talk = draw(4, 1.5, [42, 1]).tolist()
     table = train.comparisons
     assert table["margin"].tolist() == [0.5] * 10 + [0.0] * 12
@@ -208,7 +208,7 @@ def test_names(given, configs, names):
     ("option", "given", "message"),
     [
         ("eval_dataset_name", ["a/x.jsonl", "toy", "a/x.jsonl"], "a/x.jsonl is given twice; give it once"),
-        ("dataset_name", ["a", "a"], "a is given twice; use dataset_weights to train on it more often"),
+        ("dataset_name", ["a", "a"], r"a is given twice; give it once \(dataset_weights can repeat its rows\)$"),
         ("eval_dataset_name", {"a/b": "toy", "c": "toy"}, "'a/b' is not a name for a set; use letters, digits and . _"),
         ("eval_dataset_name", {"": "toy", "c": "toy"}, "'' is not a name for a set"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from examples import decoded
 
+from rm.data.formats import Example
 from rm.data.tokenize import make_tree, shared_prefix_length, truncate_left, usable_part
 
 
@@ -64,7 +65,8 @@ USABLE = {  # sequences, comparisons, kept answers, (chosen, rejected) of them, 
 def test_usable_part(name):
     sequences, comparisons, answers, pairs, kept, dropped = USABLE[name]
     encoding = SimpleNamespace(max_length=4, overlength="drop")
-    part = usable_part(arrays(*sequences), [False] * len(sequences), comparisons, encoding, None)
+    example = Example("tokens", None, [], comparisons=comparisons)
+    part = usable_part(example, arrays(*sequences), encoding, None)
     assert (part.answers, part.comparisons, part.kept, part.truncated) == (answers, pairs, kept, False)
     assert part.dropped == dict(zip(("empty", "identical", "over_length"), dropped, strict=True))
     found = [ids.tolist() for ids in part.tree.sequences()] if part.tree else []
@@ -81,7 +83,8 @@ CUT = [[2, 3, 4], [2, 3, 5]]
 ])  # fmt: skip
 def test_usable_part_is_truncated(last, comparisons, kept, dropped, want):
     encoding = SimpleNamespace(max_length=3, overlength="truncate_left")
-    part = usable_part(arrays(*BEGIN, last), [False, False, True, False], comparisons, encoding, None)
+    example = Example("text", None, ["a", "b", " ", "c"], comparisons=comparisons)
+    part = usable_part(example, arrays(*BEGIN, last), encoding, None)
     assert [ids.tolist() for ids in part.tree.sequences()] == want and part.truncated and part.kept == kept
     assert part.dropped == dict(zip(("empty", "identical", "over_length"), dropped, strict=True))
     assert part.comparisons == {3: [(0, 1), (2, 0)], 2: [(0, 1), (0, 1)]}[len(want)]

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from tables import CONFIG, by_margins
 
-from rm.config.errors import InputError
-from rm.evaluate.compare import compare_tables, same_pairs
 from rm.evaluate.metrics import evaluation_metrics
+from rm.evaluate.table import compare_tables
 
 
 def test_differences_by_hand():
@@ -15,24 +14,17 @@ def test_differences_by_hand():
     assert values["compare/pairs"] == 6
     found = [values[f"compare/{name}"] for name in ("accuracy", "other_accuracy", "accuracy_difference")]
     assert found == pytest.approx([4 / 6, 2 / 6, 2 / 6])
-    assert values["compare/agreement"] == 2 / 6  # the first and the third
-    assert (
-        values["compare/only_this_right"] == 2 / 6 and values["compare/only_other_right"] == 1 / 6
-    )  # no equal rewards
     loss = [evaluation_metrics(table, CONFIG)["eval/loss"] for table in both]
     assert values["compare/loss_difference"] == pytest.approx(loss[0] - loss[1])
 
 
 def test_comparisons_that_one_of_them_lacks_are_left_out():
     ours, theirs = by_margins([1, 1, -1, 1]), by_margins([-1, -1, -1, -1, 5])[1:]  # the other has no row 0, but a row 4
-    a, b = same_pairs(ours, theirs)
-    assert a["row"].tolist() == b["row"].tolist() == [1, 2, 3]
     values, _ = compare_tables(ours, theirs)
     assert values["compare/pairs"] == 3 and values["compare/accuracy"] == pytest.approx(2 / 3)
     group = by_margins([1, 1, -1], row=0)  # three comparisons of one prompt
-    assert compare_tables(group, group)[0]["compare/agreement"] == 1 and len(same_pairs(group, group)[0]) == 3
-    with pytest.raises(InputError, match="no pair in common"):
-        compare_tables(ours, theirs.assign(set="another"))
+    values, _ = compare_tables(group, group)
+    assert values["compare/pairs"] == 3 and values["compare/loss_difference"] == 0
 
 
 def test_the_interval_is_of_paired_differences():

@@ -255,7 +255,7 @@ def test_rewardbench_2(trained, evaluate, tmp_path, options):
     [
         (["--mistakes=many"], "mistakes='many'"),
         (["--compare"], "--compare needs a value"),
-        (["--output={}/config.yaml"], "config.yaml: must be a folder, or a new one"),
+        (["--output={}/config.yaml"], "config.yaml: must be a folder"),
         (["--learning_rate=1"], "learning_rate has no effect in this program"),
     ],
 )

@@ -11,10 +11,10 @@ from rm.evaluate import metrics as module
 from rm.evaluate.metrics import (
     METRICS,
     TRAINING_METRICS,
+    Metric,
     evaluation_intervals,
     evaluation_metrics,
     find_metric,
-    metric,
 )
 from rm.evaluate.statistics import mean, wilson_interval
 
@@ -211,7 +211,7 @@ def test_a_new_metric_of_the_texts(monkeypatch):
     """One definition gives values of each set, intervals and a direction, for tables that have its column."""
     monkeypatch.setattr(module, "METRICS", METRICS | {})
     has_column = lambda frame: "asks" in frame  # noqa: E731
-    definition = metric("questions", "fraction", "chosen answers that ask a question", False, only_if=has_column)
+    definition = Metric("questions", "fraction", "chosen answers that ask a question", False, only_if=has_column)
     definition(lambda rows, weight: mean(rows["asks"], weight))
     frame = by_margins([1, 2, 3], set=["x", "y", "y"], asks=[0, 1, 0])
     metrics = evaluated(frame)

@@ -128,4 +128,3 @@ def test_rewardbench_2_by_hand():
 def test_other_groups_are_not_rewardbench():
     assert scores(("a", "mine", [2], [1, 0, 0])) == {}
     assert scores(("a", "Math", [2], [1])) == {}  # pairs
-    assert scores(("5", "Ties", [1.0], [2.0])) == {}  # the id is neither ref:NUMBER nor tied:NUMBER

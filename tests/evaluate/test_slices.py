@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from tables import by_margins
 
-from rm.evaluate.slices import (
+from rm.evaluate.statistics import wilson_interval
+from rm.evaluate.table import (
     by_data_margin,
     by_length_difference,
     by_margin,
@@ -16,7 +17,6 @@ from rm.evaluate.slices import (
     reliability,
     slices,
 )
-from rm.evaluate.statistics import wilson_interval
 
 MARGINS = [3.0, 2.0, -2.0, 0.5, -0.1, 0.0]
 PAIRS = by_margins(MARGINS)

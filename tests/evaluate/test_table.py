@@ -10,9 +10,8 @@ from tables import table
 from transformers import AutoTokenizer
 
 from rm.config.cli import parse_config
-from rm.config.errors import InputError
 from rm.data.mixture import load_evaluation_data
-from rm.evaluate.table import TEXT_COLUMNS, evaluation_table, worst, write_table
+from rm.evaluate.table import TEXT_COLUMNS, evaluation_table, worst
 
 HH = "\n\nHuman: which tea?\n\nAssistant:"
 X, Y, Z, A, B, C = "tea ", "rice ", "bread ", "close", "give", "wash"  # words that the tokenizer knows
@@ -78,16 +77,8 @@ def test_the_columns(load, tmp_path, monkeypatch):
     assert frame["words"].tolist() == [len(data.comparison_texts(i)["chosen"].split()) for i in range(30)]
     texts = data.comparison_texts(12)
     assert (texts["chosen"], texts["rejected"]) == tuple(data.texts(12)["answers"]) and texts["prompt"]
-    write_table(frame, tmp_path / "eval" / "step-3.parquet")
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "eval" / "step-3.parquet"), frame)
-    assert not list((tmp_path / "eval").glob(".*"))
-
-
-def test_a_set_with_the_name_of_a_metric(load, tmp_path):
-    files = mixture(tmp_path) and [str(tmp_path / f"{name}-test.jsonl") for name in ("plain", "talk")]
-    with pytest.raises(InputError, match="the evaluation set 'loss' has the name of a metric; give it another name"):
-        evaluation_table(load(dict(zip(("loss", "talk"), files, strict=True))))
-    assert len(evaluation_table(load({"loss": files[0]}))) == 12  # alone it is not in the names
+    frame.to_parquet(tmp_path / "step-3.parquet", index=False)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "step-3.parquet"), frame)
 
 
 def test_the_worst_comparisons():

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 from tables import CONFIG, table
 
+from rm.evaluate.evaluator import evaluation_line, final_table, metrics_table
 from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
-from rm.evaluate.terminal import evaluation_line, final_table, metrics_table
 
 
 def shown(*tables, width: int = 80) -> str:

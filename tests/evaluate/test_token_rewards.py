@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rm.data.tokenize import make_tree
-from rm.evaluate.token_rewards import token_rewards
+from rm.evaluate.evaluator import token_rewards
 
 SIDES = ("chosen", "rejected")
 

@@ -1,4 +1,4 @@
-"""Tests of rm/log/metrics.py: every number is in the file at once, and a resumed run continues it."""
+"""Tests of metrics.jsonl: every number is in the file at once, and a resumed run continues it."""
 
 import json
 import math
@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rm.config.errors import InputError
 from rm.config.files import DiskError
-from rm.log.metrics import MetricsFile
 from rm.log.trackers import RunLog
 
 TOKEN = "hf_" + "a" * 34
@@ -27,8 +25,9 @@ def test_lines(tmp_path, config):
     log.log({"train/loss": np.float32(0.5), "train/pairs": np.int64(64), "eval/accuracy": math.nan}, 10)
     assert path.read_text().endswith("}\n")  # before `close`
     log.log({"train/loss": math.inf, f"eval/{TOKEN}/key": -math.inf}, 20)
-    assert log.sync() == 2
+    log.sync()
     log.close()
+    assert log.num_lines == 2
     first, second = lines(path)
     assert before - 1 < first.pop("time") <= second.pop("time") <= time.time() + 1
     assert first == {"step": 10, "train/loss": 0.5, "train/pairs": 64, "eval/accuracy": "NaN"}
@@ -36,40 +35,39 @@ def test_lines(tmp_path, config):
     assert isinstance(first["train/pairs"], int) and math.isnan(float(first["eval/accuracy"]))
 
 
+@pytest.fixture
+def continued(tmp_path, config):
+    """continued(n): the log of a run that resumes after `n` lines."""
+    return lambda resume_lines: RunLog(config(), tmp_path, "n", {}, resume_lines, True)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_resume(tmp_path, end, caplog):
+def test_resume(tmp_path, continued, end, caplog):
     """The lines after the checkpoint and a torn last line go to metrics.jsonl.bak."""
     path = tmp_path / "metrics.jsonl"
     old = "".join(json.dumps({"step": step}) + end for step in (1, 2, 3)) + '{"step": 4, "to'
     path.write_bytes(old.encode())
-    file = MetricsFile(path, 2)
-    file.append({}, 3)
-    file.close()
-    assert [line["step"] for line in lines(path)] == [1, 2, 3] and file.num_lines == 3
+    log = continued(2)
+    log.log({}, 3)
+    log.close()
+    assert [line["step"] for line in lines(path)] == [1, 2, 3] and log.num_lines == 3
     backup = path.with_name("metrics.jsonl.bak")
     assert backup.read_bytes() == old.encode()
     backup.unlink()
-    assert MetricsFile(path, 3).num_lines == 3 and not backup.exists() and not caplog.records
-    assert MetricsFile(path, 5).num_lines == 3 and "has 3 of the 5 lines" in caplog.text
-    assert MetricsFile(path).num_lines == 0 and path.read_text() == ""  # a new run
+    assert continued(3).num_lines == 3 and not backup.exists() and not caplog.records
+    assert continued(5).num_lines == 3 and "has 3 of the 5 lines" in caplog.text
+    assert continued(None).num_lines == 0 and path.read_text() == ""  # a new run
     assert len(lines(backup)) == 3
 
 
-@pytest.mark.parametrize("content", [b'{"a": "\xff"}\n', '{"a": 1}\n'.encode("utf-16")])
-def test_file_that_is_not_utf8(tmp_path, content):
+def test_error_names_the_file(tmp_path, continued):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=f"^{path}: is not UTF-8; [^\n]*$"):
-        MetricsFile(path, 1)
-    assert path.read_bytes() == content
-
-
-def test_error_names_the_file(tmp_path):
-    (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(DiskError, match=f"Is a directory: '{tmp_path}/metrics.jsonl'"):
-        MetricsFile(tmp_path / "metrics.jsonl", 1)
-    file = MetricsFile(tmp_path / "other.jsonl")
-    file._file.close()
-    file._file = open("/dev/full", "a")
-    with pytest.raises(DiskError, match=f"No space left on device: '{tmp_path}/other.jsonl'"):
-        file.append({"a": 1}, 1)
+    path.mkdir()
+    with pytest.raises(DiskError, match=f"Is a directory: '{path}'"):
+        continued(1)
+    path.rmdir()
+    log = continued(None)
+    log._file.close()
+    log._file = open("/dev/full", "a")
+    with pytest.raises(DiskError, match=f"No space left on device: '{path}'"):
+        log.log({"a": 1}, 1)

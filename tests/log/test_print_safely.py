@@ -1,4 +1,4 @@
-"""Tests of rm/log/terminal.py: what is printed arrives; a closed or full standard output does not end the program."""
+"""Tests of `print_safely`: what is printed arrives; a closed or full standard output does not end the program."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from rm.log.terminal import print_safely
+from rm.log.trackers import print_safely
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def test_ascii(tmp_path):
 
 @pytest.mark.parametrize("where", [">/dev/full", ">&-", "| true"])
 def test_stdout_that_is_lost(where, tmp_path):
-    code = "import sys, time; from rich.table import Table; from rm.log.terminal import print_safely; time.sleep(0.2)\n"
+    code = "import sys, time; from rich.table import Table; from rm.log.trackers import print_safely; time.sleep(0.2)\n"
     code += "for _ in range(3): print_safely('x' * 100_000, Table('a'))\nprint('end', file=sys.stderr)"
     command = f'set -o pipefail; {sys.executable} -c "$CODE" {where}'
     options = {"cwd": ROOT, "env": {"CODE": code}, "capture_output": True, "text": True}

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -71,10 +70,8 @@ def lines(output_dir) -> list[dict]:
     "given, names",
     [
         ([], []),
-        (None, []),
-        ("none", []),
         (["wandb"], ["wandb"]),
-        ([" WandB", "tensorboard", "wandb"], ["wandb", "tensorboard"]),
+        (["WandB", "tensorboard", "wandb"], ["wandb", "tensorboard"]),
         (["all"], ["tensorboard", "wandb"]),
     ],
 )
@@ -86,9 +83,8 @@ def test_names(given, names, monkeypatch):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["wandbb"], "not a tracker"),
-        (["aim"], "is not installed; installed: wandb"),
-        (["none", "wandb"], "none cannot be combined"),
+        (["wandbb"], "no installed tracker is wandbb"),
+        (["aim"], "no installed tracker is aim; installed: wandb"),
     ],
 )
 def test_wrong_names(given, message, monkeypatch):
@@ -138,11 +134,11 @@ def test_calls_are_made_once_and_in_order(run_log, fake):
 
 
 def test_other_processes_do_nothing(tmp_path, config):
-    log = RunLog(config("wandb"), tmp_path / "run", "n", {}, None, is_main_process=False)
+    log = RunLog(config("wandb"), tmp_path / "run", "n", {}, None, is_main=False)
     log.log({"a": 1}, 1)
-    assert log.sync() == 0
+    log.sync()
     log.close()
-    assert not (tmp_path / "run").exists()
+    assert log.num_lines == 0 and not (tmp_path / "run").exists()
 
 
 def test_failures(run_log, fake, tmp_path, caplog):
@@ -331,20 +327,13 @@ def test_wandb_outage(tmp_path, monkeypatch):
 
 
 def test_wandb_choices_of_the_user_stand(run_log, tmp_path, monkeypatch, caplog):
-    """Mode, name and group; "stop run" in the browser reaches the handler that writes a checkpoint."""
+    """Mode, name and group."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_NAME", "mine")
     monkeypatch.setenv("WANDB_RUN_GROUP", "ours")
     monkeypatch.setattr("wandb.login", lambda **_: pytest.fail("login in offline mode"))
-    run, got = run_log("wandb"), []
-    old = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
-    try:
-        stopper = threading.Thread(target=run.trackers["wandb"].run.settings.stop_fn)  # W&B calls it on a thread
-        stopper.start()
-        stopper.join(timeout=10)
-        wait_until(lambda: got == [signal.SIGTERM], timeout=5)
-    finally:
-        signal.signal(signal.SIGTERM, old)
+    run = run_log("wandb")
+    assert run.trackers["wandb"].run.settings.stop_fn is None  # "stop run" in the browser: SIGINT, as on a terminal
     run.close()
     end_wandb()
     folder = wandb_files.run_dir(tmp_path)

@@ -20,8 +20,8 @@ from rm.forward import forward_batch, score_batch
 from rm.loss import pairwise_loss
 from rm.model import load as loader
 from rm.model import reward_model
-from rm.model.load import PAD_TOKEN, load_model_config, load_saved_classifier, load_saved_model, load_tokenizer
-from rm.model.reward_model import check_positions, find_head, max_positions, unwrapped
+from rm.model.load import PAD_TOKEN, check_positions, load_saved_classifier, load_saved_model, load_tokenizer
+from rm.model.reward_model import RewardModel, find_head, max_positions, unwrapped
 
 TINY_LLAMA = str(ROOT / "configs" / "tiny_llama")
 
@@ -144,14 +144,16 @@ def test_the_reward_is_the_first_of_several_outputs(tmp_path, monkeypatch):
     assert [served["LABEL_0"], served["LABEL_1"]] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_positions_are_known_before_the_weights_are_read():
-    roberta = AutoConfig.for_model("roberta", **(COMMON | ENCODERS["bert"]), name_or_path="roberta")
-    assert max_positions(roberta) == 256 - 1 - PAD
-    assert [max_positions(load_model_config(options(base(kind)))) for kind in ("gpt2", "opt", "bert")] == [256] * 3
-    check_positions(load_model_config(options(base("gpt2"))), 256)
-    check_positions(load_model_config(options(base("llama"))), 10_000)  # rotary
+def test_learned_positions(tmp_path):
+    roberta = AutoConfig.for_model("roberta", **(COMMON | ENCODERS["bert"]))
+    assert max_positions(RewardModel(AutoModelForSequenceClassification.from_config(roberta))) == 256 - 1 - PAD
+    assert [max_positions(load(base(kind))) for kind in ("gpt2", "opt", "bert")] == [256] * 3
+    check_positions(options(base("llama")), 10_000)  # rotary
+    shutil.copytree(base("gpt2"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    check_positions(options(tmp_path), 256)
     with pytest.raises(InputError, match="up to 257 tokens, the model 256 positions: set max_length"):
-        check_positions(load_model_config(options(base("gpt2"))), 257)
+        check_positions(options(tmp_path), 257)
 
 
 # ---------------------------------------------------------------------------------------------- trainable
@@ -169,9 +171,9 @@ def test_the_head_is_always_trained():
     assert {name.rpartition(".")[0] for name in drawn} == {
         "classifier", "bert.pooler.dense", "bert.embeddings.word_embeddings",
     }  # fmt: skip
-    with pytest.raises(InputError, match="trainable=layers.7: is found in no parameter name; there are model.embed"):
+    with pytest.raises(InputError, match="trainable=layers.7 is found in no parameter name; there are model.embed"):
         load(base(), trainable="layers.7")
-    with pytest.raises(InputError, match=r"trainable=\(: is not a regular expression"):
+    with pytest.raises(InputError, match=r"trainable=\( is not a regular expression: "):
         load(base(), trainable="(")
 
 
@@ -235,9 +237,9 @@ def test_models_that_cannot_be_used(tmp_path, caplog):
 def test_an_unknown_architecture_is_one_short_line(tmp_path):
     shutil.copytree(base(), tmp_path / "odd")
     AutoConfig.for_model("clip").save_pretrained(tmp_path / "odd")
-    with pytest.raises(InputError, match="transformers has no sequence classifier of this architecture") as error:
+    with pytest.raises(InputError, match="ValueError: Unrecognized configuration class .*CLIPConfig") as error:
         load(tmp_path / "odd")
-    assert len(str(error.value)) < 200 + len(str(tmp_path))
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
 
 
 def test_heads_of_others_are_named_as_unused(tmp_path, caplog):

@@ -25,7 +25,7 @@ import time, types
 import huggingface_hub.utils._http as http
 http.time = types.SimpleNamespace(sleep=lambda seconds: None, time=time.time)
 """
-IMPATIENT = FAST + "import rm.report.hub as hub; hub.SILENCE = hub.PATIENCE = 0.5"
+IMPATIENT = FAST + "import rm.report.hub as hub; hub.SILENCE = 0.5"
 
 
 @pytest.fixture(scope="module")

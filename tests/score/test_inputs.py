@@ -6,7 +6,7 @@ import pytest
 from examples import IDS, TALK, say, word_tokenizer
 
 from rm.data.formats import Encoding, RowError
-from rm.score.inputs import encode_inputs, keys_of
+from rm.score.scorer import encode_inputs, keys_of
 
 ENCODING = Encoding(vocab_size=29)
 CALL = {"role": "assistant", "content": "b", "tool_calls": [{"name": "city"}]}
@@ -65,28 +65,28 @@ def test_the_first_form_decides(tokenizer):
 
 
 BAD = [
-    (1, "is a number, expected an object with keys"),
-    ({}, "nothing to score (keys that are not null: none); give text, messages, prompt and response or responses, "),
-    ({"text": None, "id": 3}, "nothing to score (keys that are not null: id); give text"),
+    (1, "not a JSON object with keys"),
+    ({}, "nothing to score; give text, messages, prompt and response or responses, or chosen and rejected"),
+    ({"text": None, "id": 3}, "nothing to score; give text"),
     ({"text": 3}, "'text' is a number, expected text"),
     ({"text": " \n"}, "'text' is blank"),
     ({"text": "\ud800"}, "the tokenizer cannot read the text: "),
-    ({"response": "b"}, "nothing to score (keys that are not null: response); give text"),
+    ({"response": "b"}, "nothing to score; give text"),
     ({"prompt": 3, "response": "b"}, "'prompt' is a number, expected text or messages"),
-    ({"prompt": "a", "responses": []}, "'responses' is an empty list, expected a list of one answer or more"),
-    ({"prompt": "a", "responses": "b"}, "'responses' is text, expected a list of one answer or more"),
+    ({"prompt": "a", "responses": []}, "'responses' must be a list, and not empty"),
+    ({"prompt": "a", "responses": "b"}, "'responses' must be a list, and not empty"),
     ({"prompt": "a", "responses": ["b", ""]}, "'responses[1]' is blank"),
     ({"prompt": "a", "responses": ["b", 4]}, "'responses[1]' is a number, expected text or messages"),
     ({"prompt": "a", "response": say("b")}, "'prompt' is text, but not a message of 'response'; "),
     ({"prompt": say("a"), "response": {"role": "assistant"}}, "response[0]['content'] is missing (null), expected"),
-    ({"messages": []}, "'messages' is an empty list, expected one message or more"),
+    ({"messages": []}, "'messages' must be a list, and not empty"),
     ({"messages": say("a", "")}, "'messages' is blank"),
-    ({"messages": "a"}, "'messages' is text, expected a list of messages"),
+    ({"messages": "a"}, "'messages' must be a list, and not empty"),
     ({"messages": say("a"), "tools": 3}, "'tools' is a number, expected a list"),
     ({"messages": [{"role": "bad", "content": "a"}]}, "the chat template rejects the messages: "),
     ({"messages": say("a"), "chat_template_kwargs": {"conversation": 1}}, "the chat template rejects the messages: "),
-    ({"input_ids": [8, 9999]}, "'input_ids' has the token id 9999, the tokenizer 0 to 28"),
-    ({"input_ids": [8, "a"]}, "input_ids[1] is text, expected a whole number"),
+    ({"input_ids": [8, 9999]}, "'input_ids' has token ids from 8 to 9999, the tokenizer 0 to 28"),
+    ({"input_ids": [8, "a"]}, "'input_ids' is not a list of whole numbers"),
     ({"input_ids": [8, 9], "attention_mask": [1]}, "'input_ids' needs an attention mask of as many 0s and 1s"),
     ({"input_ids": [8, 9], "attention_mask": [0, 0]}, "'input_ids' has no tokens"),
     (RowError("not JSON"), "not JSON"),
@@ -105,20 +105,16 @@ def test_a_wrong_input_is_named_and_others_are_not_disturbed(tokenizer):
 def test_what_the_tokenizer_lacks():
     without = word_tokenizer(chat_template=None, eos_token=None)
     talk, text = encode_inputs([{"messages": say("a")}, {"text": "a"}], without, ENCODING)
-    assert str(talk) == "messages need a chat template, and the model's tokenizer has none; give text"
+    assert str(talk).startswith("conversations need a chat template")
     assert str(text) == "the tokenizer has no EOS token to append to text; set add_eos to false"
     no_eos = dataclasses.replace(ENCODING, add_eos=False)
     assert sequences(encode_inputs([{"text": "a"}], without, no_eos)) == [[[8]]]
 
 
-@pytest.mark.parametrize(("max_length", "max_positions", "whose"), [
-    (3, None, "max_length allows 3"), (3, 4, "max_length allows 3"), (None, 3, "the model has positions for 3"),
-    (5, 3, "the model has positions for 3"),
-])  # fmt: skip
-def test_what_is_too_long(tokenizer, max_length, max_positions, whose):
+def test_what_is_too_long(tokenizer):
     records = [{"text": "a b"}, {"prompt": "a b ", "responses": ["c d", "e"]}]
-    encoding = dataclasses.replace(ENCODING, max_length=max_length)
-    short, long = encode_inputs(records, tokenizer, encoding, max_positions)
-    assert str(long) == f"'responses[0]' has 5 tokens, {whose}; overlength=truncate_left cuts the start"
+    encoding = dataclasses.replace(ENCODING, max_length=3)
+    short, long = encode_inputs(records, tokenizer, encoding)
+    assert str(long) == "'responses[0]' has 5 tokens, the limit is 3; overlength=truncate_left cuts it"
     cut = dataclasses.replace(encoding, overlength="truncate_left")
-    assert sequences(encode_inputs(records, tokenizer, cut, max_positions)) == [[[8, 9, 2]], [[10, 11, 2], [12, 2]]]
+    assert sequences(encode_inputs(records, tokenizer, cut)) == [[[8, 9, 2]], [[10, 11, 2], [12, 2]]]

@@ -21,8 +21,8 @@ from rm.evaluate import __main__ as evaluate
 from rm.model.saved import reward_scale, sample_of
 from rm.score import __main__ as score
 from rm.score import load_scorer
-from rm.score.answers import open_output
-from rm.score.scorer import ACCEPTED, Scorer
+from rm.score.__main__ import open_output
+from rm.score.scorer import ACCEPTED, encode_inputs, score_prompts
 
 ASK = [{"role": "user", "content": "be brief. tell me how to make tea."}]
 TEXT = "<|user|>be brief. tell me how to make tea.<|end|><|assistant|>"
@@ -130,10 +130,11 @@ def test_what_is_too_long(folders):
     long = {"prompt": "boil water. " * 40, "responses": ANSWERS}
     assert load_scorer(folders("full")).rewards([long])[0].shape == (3,)
     for kind, options, limit in (("bert", {}, 96), ("full", {"max_length": 20}, 20)):
-        with pytest.raises(InputError, match=rf"input 1: 'responses\[0\]' has \d+ tokens, .* {limit}; "):
+        with pytest.raises(InputError, match=rf"input 1: 'responses\[0\]' has \d+ tokens, the limit is {limit}; "):
             load_scorer(folders(kind), **options).rewards([{"text": "no."}, long])
         cut = load_scorer(folders(kind), overlength="truncate_left", **options)
-        assert max(map(len, cut.encode([long])[0].sequences())) == limit and np.isfinite(cut.rewards([long])[0]).all()
+        (tree,) = encode_inputs([long], cut.tokenizer, cut.encoding)
+        assert max(map(len, tree.sequences())) == limit and np.isfinite(cut.rewards([long])[0]).all()
     with pytest.raises(InputError, match="learning_rate: has no effect"):
         load_scorer(folders("full"), learning_rate=1)
 
@@ -181,7 +182,7 @@ def test_lines_in_lines_out(folders, command, tmp_path):
     out = read(tmp_path / "y.jsonl")
     assert [record["line"] for record in out] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert [record["line"] for record in out if "error" in record] == [3, 6, 8, 9]
-    assert out[4] == {"line": 6, "id": "d", "error": "'text' is a number, expected text"}
+    assert out[4] == {"line": 6, "id": "d", "error": "'text' is a number, expected text or messages"}
     scorer = load_scorer(folder)
     (answers, pair, talk, text, response) = scorer.rewards([LINES[i] for i in (0, 1, 3, 6, 9)])
     best = int(answers.argmax())
@@ -256,39 +257,25 @@ def test_goes_on_where_an_output_ends(folders, command, tmp_path):
 
 
 def test_refuses_to_continue_what_is_not_its_output(folders, command, tmp_path):
-    full, args = f"--model={folders('full')}", ["--input=x.jsonl", "--output=y.jsonl"]
-    command(full, *args, lines=LINES[:4])
-    (tmp_path / "y.jsonl").write_bytes(b"".join((tmp_path / "y.jsonl").read_bytes().splitlines(True)[:2]))
-    before = (tmp_path / "y.jsonl").read_bytes()
-    wrong = [
-        ([full, *args, "--normalize"], LINES[:4]),
-        ([full, *args, "--only_rewards"], LINES[:4]),
-        ([f"--model={folders('bert')}", *args], LINES[:4]),
-        ([full, *args], [LINES[0], LINES[1] | {"id": "x"}, *LINES[2:4]]),
-        ([full, *args], LINES[:1]),
-    ]
-    for arguments, lines in wrong:
-        with pytest.raises(InputError, match="line 2 of the input would have another answer now"):
-            command(*arguments, lines=lines)
-        assert (tmp_path / "y.jsonl").read_bytes() == before
+    args = [f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl"]
     for content in ('{"accuracy": 0.9}', "notes", '{"text": "not ours"}\n'):
         (tmp_path / "y.jsonl").write_text(content)
         with pytest.raises(InputError, match="has something else than rewards"):
-            command(full, *args, lines=LINES)
+            command(*args, lines=LINES)
         assert (tmp_path / "y.jsonl").read_text() == content
 
 
 def test_two_programs_do_not_write_one_output(tmp_path):
     with open_output(tmp_path / "y") as (_, last), pytest.raises(InputError, match="another program is writing it"):
-        assert last is None
+        assert last == 0
         with open_output(tmp_path / "y"):
             pass
 
 
 def test_rewards_that_are_not_finite_and_broken_files(folders, command, tmp_path, monkeypatch):
-    model, real = f"--model={folders('full')}", Scorer.score
+    model = f"--model={folders('full')}"
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "score", lambda self, trees: [r * np.nan for r in real(self, trees)])
+        patch.setattr("rm.score.scorer.score_prompts", lambda *args: [r * np.nan for r in score_prompts(*args)])
         assert command(model, "--input=x.jsonl", "--output=y.jsonl", lines=[{"text": "no."}])[0] == 1
     assert read(tmp_path / "y.jsonl")[0]["error"] == "the reward is not finite"
     noise = [json.dumps({"text": "no.", "odd": os.urandom(20).hex()}) for _ in range(90)]
@@ -307,8 +294,7 @@ def test_wrong_arguments_are_one_line(folders, fails, tmp_path):
         ("--model=no/such/folder", "--input=x.jsonl"): "there is no such folder",
         (model, "--input=y.jsonl"): "y.jsonl cannot be used (No such file or directory)",
         (model, "--input=x.jsonl", "--output=no/y.jsonl"): "no/y.jsonl cannot be used (No such file or directory)",
-        (model, "--input=x.jsonl", "--output=./x.jsonl"): "is the input",
-        (model, "--input=x.jsonl", "--output=y.gz"): "a compressed file",
+        (model, "--input=x.jsonl", "--output=./x.jsonl"): "has something else than rewards",
         (model, "--input=x.jsonl", "--learning_rate=1"): "learning_rate has no effect in this program",
         (model, "--input=x.jsonl", "--max_length=0"): "max_length=0: must be greater than 0",
         (model, "--input=x.jsonl", "--window_size=none"): "window_size='none': must be a valid integer",
@@ -319,15 +305,11 @@ def test_wrong_arguments_are_one_line(folders, fails, tmp_path):
         assert message in fails(*options, module="rm.score"), options
 
 
-def test_help_and_a_warning_of_texts_for_a_model_of_conversations(folders, command, capfdbinary, caplog):
+def test_help(capfdbinary):
     with pytest.raises(SystemExit):
         score.main(["--help"])
     shown = capfdbinary.readouterr().out.decode()
     assert all(name in shown for name in ("only_rewards", *ACCEPTED))
-    command(f"--model={folders('full')}", "--input=x.jsonl", "--output=z.jsonl", lines=LINES[:4])
-    assert "inputs are" not in caplog.text
-    command(f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", lines=LINES)
-    assert "inputs are text, and the model was trained on conversation" in caplog.text
 
 
 # ---------------------------------------------------------------- normalised rewards

@@ -15,12 +15,12 @@ from transformers import (
 )
 
 from rm.collate import collate
+from rm.config.errors import RunError
 from rm.config.options import RewardConfig
 from rm.data.plan import Layout, MicroBatch
 from rm.forward import score_batch
 from rm.model.load import load_reward_model, load_saved_model, load_tokenizer
-from rm.train.checkpoint import full_weights
-from rm.train.export import ExportError, save_model, verify_export
+from rm.train.finish import save_model, verify_export
 
 
 def trained_like(config: RewardConfig, tokenizer):
@@ -40,12 +40,13 @@ def config_of(folder, lora: bool = False, **more) -> RewardConfig:
 
 
 def rewards_of(model, tokenizer, layout="shared_prefix"):
-    """(token sequences, rewards) of six random pairs that end with EOS."""
+    """Token sequences and rewards of six random pairs that end with EOS, as in export_check.json."""
     prompts = [[[*ids.tolist(), EOS] for ids in tree.sequences()] for tree in random_pairs().trees(range(6))]
     data, layout = preference_data(prompts), Layout(layout, tokenizer.pad_token_id)
     with torch.no_grad():
         rewards = score_batch(model, collate(data, MicroBatch([[i] for i in range(len(data))]), layout))
-    return [ids for prompt in prompts for ids in prompt], rewards.tolist()
+    sequences = [ids for prompt in prompts for ids in prompt]
+    return {"sequences": sequences, "rewards": rewards.tolist(), "tolerance": 1e-4}
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
@@ -58,12 +59,12 @@ def test_export_gives_the_same_rewards(tiny_model_folder, tmp_path, pad_token, l
     tokenizer = load_tokenizer(config)
     assert tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
     model = trained_like(config, tokenizer)
-    sequences, rewards = rewards_of(model, tokenizer)
+    check = rewards_of(model, tokenizer)
     out = tmp_path / "out"
-    save_model(model, full_weights(model), tokenizer, out, config)
-    assert verify_export(out, sequences, rewards, 1e-4, config)["largest_difference"] < 1e-4
+    save_model(model, model.state_dict(), tokenizer, out, config)
+    assert verify_export(out, check, config)["largest_difference"] < 1e-4
     if lora and merge:
-        assert verify_export(out / "adapter", sequences, rewards, 1e-4, config)["largest_difference"] < 1e-4
+        assert verify_export(out / "adapter", check, config)["largest_difference"] < 1e-4
 
     # what users write, word by word
     reloaded = AutoTokenizer.from_pretrained(out)
@@ -75,8 +76,8 @@ def test_export_gives_the_same_rewards(tiny_model_folder, tmp_path, pad_token, l
         plain = AutoPeftModelForSequenceClassification.from_pretrained(out, num_labels=1)
         plain.config.pad_token_id = reloaded.pad_token_id
     classify = pipeline("text-classification", model=plain, tokenizer=reloaded, function_to_apply="none")
-    texts = [reloaded.decode(s) for s in sequences]
-    np.testing.assert_allclose([r["score"] for r in classify(texts, batch_size=4)], rewards, atol=1e-4)
+    texts = [reloaded.decode(s) for s in check["sequences"]]
+    np.testing.assert_allclose([r["score"] for r in classify(texts, batch_size=4)], check["rewards"], atol=1e-4)
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
@@ -87,10 +88,10 @@ def test_lora_in_float32_over_weights_stored_in_bf16(tiny_model_folder, tmp_path
     config = config_of(folder, lora=True, merge_adapter=merge)
     tokenizer = load_tokenizer(config)
     model = trained_like(config, tokenizer)
-    sequences, rewards = rewards_of(model, tokenizer)
+    check = rewards_of(model, tokenizer)
     out = tmp_path / "out"
-    save_model(model, full_weights(model), tokenizer, out, config)
-    assert verify_export(out, sequences, rewards, 1e-4, config)["largest_difference"] < 1e-4
+    save_model(model, model.state_dict(), tokenizer, out, config)
+    assert verify_export(out, check, config)["largest_difference"] < 1e-4
 
 
 def test_lora_holds_the_modules_that_the_checkpoint_lacks(tmp_path):
@@ -102,9 +103,9 @@ def test_lora_holds_the_modules_that_the_checkpoint_lacks(tmp_path):
     config = config_of(tmp_path / "bert", lora=True)
     tokenizer = load_tokenizer(config)
     model = trained_like(config, tokenizer)
-    sequences, rewards = rewards_of(model, tokenizer, "concatenated")
-    save_model(model, full_weights(model), tokenizer, tmp_path / "out", config)
-    assert verify_export(tmp_path / "out", sequences, rewards, 1e-4, config)["largest_difference"] < 1e-4
+    check = rewards_of(model, tokenizer, "concatenated")
+    save_model(model, model.state_dict(), tokenizer, tmp_path / "out", config)
+    assert verify_export(tmp_path / "out", check, config)["largest_difference"] < 1e-4
 
 
 def test_a_wrong_export_is_refused(tiny_model_folder, tmp_path):
@@ -112,12 +113,12 @@ def test_a_wrong_export_is_refused(tiny_model_folder, tmp_path):
     config = config_of(folder)
     tokenizer = load_tokenizer(config)
     model = trained_like(config, tokenizer)
-    sequences, rewards = rewards_of(model, tokenizer)
-    save_model(model, full_weights(model), tokenizer, tmp_path / "out", config)
+    check = rewards_of(model, tokenizer)
+    save_model(model, model.state_dict(), tokenizer, tmp_path / "out", config)
     model.config.pad_token_id = EOS  # what happens with pad == EOS: pooled one token early
     model.config.save_pretrained(tmp_path / "out")
-    with pytest.raises(ExportError, match="differs from the evaluated model"):
-        verify_export(tmp_path / "out", sequences, rewards, 1e-4, config)
+    with pytest.raises(RunError, match="differs from the evaluated model"):
+        verify_export(tmp_path / "out", check, config)
 
 
 def test_a_saved_reward_model_keeps_its_head(tiny_model_folder, tmp_path):
@@ -125,7 +126,7 @@ def test_a_saved_reward_model_keeps_its_head(tiny_model_folder, tmp_path):
     config = config_of(folder)
     tokenizer = load_tokenizer(config)
     model = trained_like(config, tokenizer)
-    save_model(model, full_weights(model), tokenizer, tmp_path / "out", config)
+    save_model(model, model.state_dict(), tokenizer, tmp_path / "out", config)
     again = load_saved_model(str(tmp_path / "out"), tokenizer, config)
     torch.testing.assert_close(again.classifier.score.weight, model.classifier.score.weight)
     assert again.config.pad_token_id == PAD

@@ -196,7 +196,6 @@ def test_several_processes_without_a_launcher(zygote, tmp_path):
 
 def test_a_run_in_a_process_of_ones_own_leaves_its_signals_alone(train):
     """In a notebook Ctrl-C acts again when the run is over."""
-    numbers = [getattr(signal, name) for name in STOP_SIGNALS]
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     train("run")
-    assert [signal.getsignal(number) for number in numbers] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

@@ -14,9 +14,9 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from rm.config.errors import InputError
-from rm.config.options import Optimizer, Schedule
+from rm.config.options import FOLLOW_EVALUATIONS, Optimizer, Schedule
 from rm.model.reward_model import RewardModel, find_head
-from rm.train.optimizer import OPTIMIZERS, STEPPED_BY_EVALUATION, make_optimizer, make_scheduler, parameter_groups
+from rm.train.optimizer import OPTIMIZERS, make_optimizer, make_scheduler, parameter_groups
 
 
 def test_names_are_those_of_transformers():
@@ -86,12 +86,12 @@ KWARGS = {
 def schedule(name: str, greater_is_better: bool = False, total_steps: int = 12, **changes):
     """The schedule `name` of two parameter groups with learning rates 0.1 and 1."""
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr} for lr in (0.1, 1.0)], lr=0.1)
-    by_evaluation = {"eval_steps": 1} if name in STEPPED_BY_EVALUATION else {}
+    by_evaluation = {"eval_steps": 1} if name in FOLLOW_EVALUATIONS else {}
     config = options(lr_scheduler_type=name, **by_evaluation, **changes)
     return make_scheduler(optimizer, total_steps, config, greater_is_better)
 
 
-@pytest.mark.parametrize("name", [name for name in Schedule.__args__ if name not in STEPPED_BY_EVALUATION])
+@pytest.mark.parametrize("name", [name for name in Schedule.__args__ if name not in FOLLOW_EVALUATIONS])
 def test_schedules_are_those_of_transformers(name):
     """Each group in proportion to its own rate; after a restart the rest is the same."""
     warmup, kwargs = 0 if name == "constant" else 3, KWARGS.get(name)

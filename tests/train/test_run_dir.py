@@ -9,7 +9,7 @@ import pytest
 from runs import SMALL, assert_same_bits, record, wait_until, weights
 
 import train_rm
-from rm.config import folders
+from rm.config import files
 
 RUN = [*SMALL, "--max_steps=3", "--save_steps=3", "--num_print_samples=2"]
 LATEST = "--resume_from_checkpoint=latest"
@@ -80,8 +80,9 @@ def test_a_run_of_version_1_is_known_by_its_files(finished, tmp_path, again):
     (tmp_path / "run/results.json").rename(tmp_path / "results.json")
     assert "is in the way" in again(OVERWRITE)[1]
     (tmp_path / "results.json").rename(tmp_path / "run/results.json")
+    (tmp_path / "run/samples/mine").touch()
     assert "already holds a run" in again()[1]
-    assert again(OVERWRITE)[0] == 0
+    assert again(OVERWRITE)[0] == 0 and (tmp_path / "run/samples/mine").exists()
     assert_same_bits(tmp_path / "run", finished)
 
 
@@ -90,10 +91,12 @@ def test_names_mean_exactly_what_they_say(tmp_path, again):
         assert again(f"--output_dir={name}", f"--seed={len(name)}")[0] == 0
     code, _, log = again("--output_dir=run[1]", "--seed=6", LATEST)
     assert code == 0 and "the run in run[1] is finished" in log
-    for name in ("a\0b", "x" * 300, "file/run"):
-        (tmp_path / "file").touch()
-        code, error, _ = again(f"--output_dir={name}")
+    (tmp_path / "file").touch()
+    for options in (["a\0b"], ["x" * 300], ["file/run"], ["none", f"--run_name={'é' * 200}"]):
+        code, error, _ = again(f"--output_dir={options[0]}", *options[1:])
         assert code == 2 and error.startswith("error: output_dir=") and "cannot be written" in error
+    code, error, _ = again("--output_dir=none", "--run_name=a\0b")
+    assert code == 2 and error.startswith("error: run_name=") and "must be a plain name" in error
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path, again, monkeypatch):
@@ -116,7 +119,7 @@ train_rm.load_tokenizer = lambda config: (open("loading", "w").close(), time.sle
 def test_a_second_process_waits_and_is_rejected(zygote, tmp_path, again, monkeypatch):
     first = zygote.start([*RUN, "--output_dir=run"], tmp_path, fault=SLOW)
     wait_until((tmp_path / "loading").exists)
-    monkeypatch.setattr(folders, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.3)
     code, error, log = again(LATEST)
     assert code == 2 and f"error: output_dir=run is used by process {first.pid} on " in error and "waiting up to" in log
     second = zygote.start([*RUN, "--output_dir=run", LATEST], tmp_path)  # a requeued job

@@ -153,9 +153,6 @@ def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys):
     assert number == 2
     number, message = code("--attn_implementation=flex_attention", "--output_dir=flex")
     assert number == 2 and "flex_attention is not supported" in message
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    number, message = code("--torch_compile", "--output_dir=compile")
-    assert number == 2 and "torch_compile needs a C++ compiler" in message
 
 
 def test_the_program_prints_one_json_line_last(zygote, tmp_path):

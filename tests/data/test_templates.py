@@ -1,4 +1,4 @@
-"""Chat templates that fail, write the date or write too much; blank answers."""
+"""Chat templates that fail or write the date; blank answers."""
 
 import pytest
 from examples import IDS, TALK, TEMPLATE, say, word_tokenizer
@@ -14,7 +14,6 @@ TEMPLATES = {
     "loop in itself": ("{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}", "the messages: RecursionError"),
     "nesting": ("{% if true %}" * 3000 + "{% endif %}" * 3000, "rejects the messages: RecursionError"),
     "long range": ("{% for i in range(10**9) %}{% endfor %}", "rejects the messages: OverflowError: Range too big"),
-    "long text": ('{{ "x" * 10**7 }}', "makes 10,000,000 characters of"),
     "attributes": ("{{ ''.__class__.__mro__ }}", "rejects the messages: SecurityError"),
     "file": ("{% include '/etc/hostname' %}", "rejects the messages: TypeError: no loader"),
 }
