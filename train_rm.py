@@ -42,7 +42,7 @@ from rm.data.plan import StepPlan
 from rm.evaluate.evaluator import Evaluator, evaluation_line
 from rm.forward import choose_layout, concatenated_forward
 from rm.log.trackers import RunLog, print_safely, run_and_exit
-from rm.loss import pairwise_loss
+from rm.loss import pairwise_loss, plackett_luce_loss
 from rm.model.load import check_positions, load_reward_model, load_tokenizer
 from rm.model.reward_model import is_half_precision
 from rm.train.checkpoint import Checkpoints
@@ -53,6 +53,7 @@ from rm.train.run_dir import Run
 from rm.train.state import BestEvaluation, TrainState
 
 logger = logging.getLogger("train_rm")
+RESUME = "--resume_from_checkpoint=latest"
 
 
 def main(argv: list[str]) -> dict:
@@ -71,6 +72,8 @@ def main(argv: list[str]) -> dict:
         train_set, eval_set = load_data(tokenizer, config)
     if accelerator.is_main_process:
         print_safely(audit_table(train_set, eval_set))
+    for data in (train_set, eval_set) if config.loss_type == "plackett_luce" else ():
+        data.check_rankings()
     best = BestEvaluation(config, eval_set)  # rejects a metric that the evaluation does not have
     check_positions(config, max(train_set.audit["max_tokens"], eval_set.audit["max_tokens"]))
     model = load_reward_model(tokenizer, config)
@@ -81,7 +84,8 @@ def main(argv: list[str]) -> dict:
     pad_token_id = tokenizer.pad_token_id
     layout = choose_layout(config.layout, model, train_set, pad_token_id, tolerance)  # collective
     logger.info(f"layout: {layout.name} ({layout.reason})")
-    loss_fn = partial(pairwise_loss, **config.loss_options)
+    losses = {"bradley_terry": pairwise_loss, "plackett_luce": plackett_luce_loss}
+    loss_fn = partial(losses[config.loss_type], **config.loss_options)
 
     # ------------------------------------------------------------------------------ plan, state
     batch_size = config.global_batch_size(accelerator.num_processes)
@@ -122,9 +126,12 @@ def main(argv: list[str]) -> dict:
                 batch = collate(train_set, micro_batch, layout).to(accelerator.device)
                 with accumulation.sync_on_last(i, len(micro_batches)):
                     # ------------------------------------------------------ forward
-                    chosen_C, rejected_C = concatenated_forward(model, batch)
+                    chosen_C, rejected_C, rewards_N = concatenated_forward(model, batch)
                     # ------------------------------------------------------ loss
-                    loss_C = batch.weight_C * loss_fn(chosen_C, rejected_C, batch.margin_C, batch.p_chosen_C)
+                    if config.loss_type == "plackett_luce":  # of a prompt; the shares of its comparisons add up to 1
+                        loss_C = loss_fn(rewards_N, batch.score_N, batch.num_answers_P)[batch.prompt_C]
+                    else:
+                        loss_C = batch.weight_C * loss_fn(chosen_C, rejected_C, batch.margin_C, batch.p_chosen_C)
                     # ------------------------------------------------------ backward
                     # each prompt counts once: share is 1 / its comparisons; the sum / the global number of prompts is
                     # the same gradient however the step is split (x processes, since DDP and FSDP average over them)
@@ -135,8 +142,7 @@ def main(argv: list[str]) -> dict:
 
         # -------------------------------------------------------------- clip and step
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # collective
-        grad_norm = float(grad_norm)  # syncs the device
-        is_finite = math.isfinite(grad_norm) and bool(state.meter.sums.isfinite().all())
+        is_finite = math.isfinite(grad_norm) and bool(state.meter.sums.isfinite().all())  # syncs the device
         stopping, is_skipped = any_process(accelerator, stop.received, not is_finite)  # collective: all do the same
         if is_skipped:
             state.skip_step(name_nonfinite(grad_norm, evaluator, train_set, plan.prompts(state.step)))  # collective
@@ -164,7 +170,7 @@ def main(argv: list[str]) -> dict:
         # -------------------------------------------------------------- log
         if is_last or state.step % logging_steps == 0:
             means = state.read_means()  # collective, syncs the device
-            means |= {"optim/learning_rate": rates[0], "optim/grad_norm": grad_norm}
+            means |= {"optim/learning_rate": rates[0], "optim/grad_norm": float(grad_norm)}
             means |= {} if config.head_learning_rate is None else {"optim/head_learning_rate": rates[-1]}
             means |= {"optim/skipped_steps": state.skipped_steps, "train/epoch": state.step / plan.steps_per_epoch}
             log.log(means, state.step)
@@ -179,8 +185,7 @@ def main(argv: list[str]) -> dict:
         if stopping:
             log.close()
             run.close()  # collective
-            again = f"--resume_from_checkpoint=latest --output_dir={run.folder}"
-            raise Stopped(f"stopped after step {state.step}; resume with {again}")
+            raise Stopped(f"stopped after step {state.step}; resume with {RESUME} --output_dir={run.folder}")
     bar.close()
 
     # ------------------------------------------------------------------------------ finish
@@ -203,7 +208,7 @@ def in_steps(every: float, total_steps: int) -> int:
 def name_nonfinite(grad_norm: float, evaluator: Evaluator, train_set: PreferenceData, indices: np.ndarray) -> str:
     """What is not finite in a step, and the prompts with such rewards, or all of them. Collective."""
     bad = np.array([not np.isfinite(rewards).all() for rewards in evaluator.score(train_set, indices)])
-    what = f"the rewards of {bad.sum()} prompts are" if bad.any() else f"the gradient (norm {grad_norm}) is"
+    what = f"the rewards of {bad.sum()} prompts are" if bad.any() else f"the gradient (norm {float(grad_norm)}) is"
     return f"{what} not finite; its prompts: {', '.join(train_set.ids(indices[bad | ~bad.any()]))}"
 
 

@@ -29,9 +29,10 @@ class Batch:
 
     input_ids_RL: int64. end_row_N, end_index_N: where each sequence's last token is, int64.
     attention_mask_RL: int64, only in `concatenated` rows. tree_RL (-1: padding), branch_RL, position_RL: int64, only in
-    `shared_prefix` rows. tree_lengths: tokens of each tree (and of the padding) if there is one such row.
-    chosen_C, rejected_C: the compared answers, int64 indices into N. share_C: 1 / comparisons of the prompt, float32 (0
-    in a dummy micro-batch). columns: every registered column by name, float32; also as `batch.margin_C`,
+    `shared_prefix` rows. tree_parts: if there is one such row, for each tree the tokens of its prefix and its answers.
+    chosen_C, rejected_C: the compared answers, int64 indices into N. prompt_C: the prompt of each comparison, int64.
+    num_answers_P: answers of each prompt, int64. share_C: 1 / comparisons of the prompt, float32 (0 in a dummy
+    micro-batch). columns: every registered column by name, float32; also as `batch.margin_C`,
     `batch.score_N` and so on.
     """
 
@@ -42,9 +43,11 @@ class Batch:
     tree_RL: Tensor | None = None
     branch_RL: Tensor | None = None
     position_RL: Tensor | None = None
-    tree_lengths: list[int] | None = None
+    tree_parts: list[list[int]] | None = None
     chosen_C: Tensor | None = None
     rejected_C: Tensor | None = None
+    prompt_C: Tensor | None = None
+    num_answers_P: Tensor | None = None
     share_C: Tensor | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
 
@@ -79,6 +82,8 @@ def collate(data: PreferenceData, micro_batch: MicroBatch, layout: Layout) -> Ba
         batch,
         chosen_C=torch.from_numpy(first + labels.pop("chosen")),
         rejected_C=torch.from_numpy(first + labels.pop("rejected")),
+        prompt_C=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+        num_answers_P=torch.from_numpy(num_answers),
         share_C=torch.from_numpy(0 * share if micro_batch.is_dummy else share),
         columns={name: torch.tensor(values) for name, values in labels.items()},
     )
@@ -130,5 +135,5 @@ def _pack(rows: Sequence[Sequence[Tree]], pad_token_id: int) -> Batch:
         tree_RL=torch.from_numpy(tree_ids),
         branch_RL=torch.from_numpy(branch_ids),
         position_RL=torch.from_numpy(positions),
-        tree_lengths=[len(tree) for tree in rows[0]] if len(rows) == 1 else None,
+        tree_parts=[[len(t.prefix), *map(len, t.answers)] for t in rows[0]] if len(rows) == 1 else None,
     )

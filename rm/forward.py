@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rm.collate import Batch, collate_trees
 from rm.config.errors import InputError
 from rm.data.plan import Layout, MicroBatch
-from rm.model.attention import SDPA_BY_TREE, attention_mask, packing_problem
+from rm.model.attention import SDPA_BY_TREE, attention_mask, attention_pieces, packing_problem
 from rm.model.reward_model import unwrapped
 
 NUM_VERIFIED = 4  # prompts on which the layout is verified
@@ -37,8 +37,8 @@ def forward_batch(model: nn.Module, batch: Batch) -> Tensor:
     """All outputs of the head at the end of every sequence, float32 [N, K]."""
     reward_model = unwrapped(model)
     packed = {"position_ids": batch.position_RL} if batch.is_packed else {}
-    if reward_model.config._attn_implementation == SDPA_BY_TREE and batch.tree_lengths:
-        packed["tree_lengths"] = batch.tree_lengths
+    if reward_model.config._attn_implementation == SDPA_BY_TREE and batch.tree_parts:
+        packed["pieces"] = attention_pieces(batch.tree_parts)
     return model(
         input_ids=batch.input_ids_RL,
         attention_mask=attention_mask(reward_model.config, batch, unwrapped(reward_model.classifier).dtype),
@@ -48,14 +48,14 @@ def forward_batch(model: nn.Module, batch: Batch) -> Tensor:
     )
 
 
-def concatenated_forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rewards of all comparisons from one forward pass: (chosen_C, rejected_C), float32 [C] each.
+def concatenated_forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards of all comparisons from one forward pass, (chosen_C, rejected_C), and of all answers, rewards_N; float32.
 
     The rows hold chosen and rejected sequences one below the other (`concatenated`), or trees in which the prompt is
     computed once and each answer once (`shared_prefix`). Both give the same rewards and the same gradients.
     """
     rewards_N = score_batch(model, batch)
-    return rewards_N[batch.chosen_C], rewards_N[batch.rejected_C]
+    return rewards_N[batch.chosen_C], rewards_N[batch.rejected_C], rewards_N
 
 
 @contextmanager

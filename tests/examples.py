@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rm.config.options import RewardConfig
-from rm.data.audit import DROPPED
+from rm.data.audit import DROPPED, NOTED
 from rm.data.cache import _features, _hash
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
 from rm.data.dataset import DataSet, PreferenceData
@@ -77,11 +77,12 @@ def preference_data(prompts: list[list], comparisons: list[list[tuple[int, int]]
         pairs = comparisons[i] if comparisons else [(n, len(sequences) - 1) for n in range(len(sequences) - 1)]
         row = {name: [column.default] * len(pairs) for name, column in COMPARISON_COLUMNS.items()}
         row |= {name: [column.default] * len(sequences) for name, column in ANSWER_COLUMNS.items()}
-        row |= {"id": str(i), "subset": None, "row": i, "prefix_ids": tree.prefix, "answer_ids": tree.answers}
+        row |= {"id": str(i), "subset": None, "prompt": i, "prefix_ids": tree.prefix, "answer_ids": tree.answers}
+        row |= {"row": [i] * len(pairs), "answer_row": [i] * len(sequences)}
         row |= {"prefix_length": len(tree.prefix), "answer_lengths": [len(ids) for ids in tree.answers]}
-        row |= {"answer": range(len(sequences)), "answer_hash": list(map(_hash, tree.sequences())), "truncated": False}
+        row |= {"answer": range(len(sequences)), "answer_hash": list(map(_hash, tree.sequences()))}
         row |= {"chosen": [chosen for chosen, _ in pairs], "rejected": [rejected for _, rejected in pairs]}
-        rows.append(row | dict.fromkeys(DROPPED, 0) | {name: values[i] for name, values in columns.items()})
+        rows.append(row | dict.fromkeys((*NOTED, *DROPPED), 0) | {name: values[i] for name, values in columns.items()})
     dataset = Dataset.from_list(rows, features=_features())
     part = DataSet(None, None, {}, "", len(rows))
     return PreferenceData(dataset, {"test": part}, {}, "", None)

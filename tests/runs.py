@@ -62,7 +62,9 @@ def all_traces(folder) -> list[float]:
     """The rewards along all answers in samples/."""
     paths = sorted((folder / "samples").iterdir())
     records = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    traces = [record[f"token_rewards_{side}"] for record in records for side in ("chosen", "rejected")]
+    pairs = [record for record in records if "answers" not in record]
+    traces = [record[f"token_rewards_{side}"] for record in pairs for side in ("chosen", "rejected")]
+    traces += [answer["token_rewards"] for record in records for answer in record.get("answers", ())]
     return [reward for trace in traces for _, reward in trace]
 
 

@@ -24,7 +24,7 @@ def test_concatenated_by_hand():
     ]  # fmt: skip
     assert batch.attention_mask_RL.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]
     assert batch.end_row_N.tolist() == [0, 2, 4, 1, 3] and batch.end_index_N.tolist() == [2, 3, 2, 1, 0]
-    assert not batch.is_packed and batch.tree_lengths is None
+    assert not batch.is_packed and batch.tree_parts is None
 
 
 def test_shared_prefix_by_hand():
@@ -34,12 +34,12 @@ def test_shared_prefix_by_hand():
     assert batch.branch_RL.tolist() == [[1, 1, 2, 0, 0, 1, 2, 2, 3]]
     assert batch.position_RL.tolist() == [[0, 1, 0, 0, 1, 2, 2, 3, 2]]
     assert batch.end_row_N.tolist() == [0] * 5 and batch.end_index_N.tolist() == [1, 2, 5, 7, 8]
-    assert batch.tree_lengths == [3, 6] and batch.is_packed and batch.attention_mask_RL is None
+    assert batch.tree_parts == [[0, 2, 1], [2, 1, 2, 1]] and batch.is_packed and batch.attention_mask_RL is None
     two = collate(DATA, MicroBatch([[0], [1]]), PACKED)
     assert two.tree_RL.tolist() == [[0] * 6, [0, 0, 0, -1, -1, -1]]
     assert two.input_ids_RL[1].tolist() == [21, 22, 23, 0, 0, 0]
     assert two.end_row_N.tolist() == [0, 0, 0, 1, 1] and two.end_index_N.tolist() == [2, 4, 5, 1, 2]
-    assert two.tree_lengths is None
+    assert two.tree_parts is None
 
 
 @pytest.mark.parametrize("layout", [PACKED, PADDED], ids=lambda layout: layout.name)
@@ -48,6 +48,7 @@ def test_comparisons_and_columns_by_hand(layout):
     assert batch.chosen_C.tolist() == [1, 2, 3, 3, 4] and batch.rejected_C.tolist() == [0, 4, 2, 4, 3]
     assert batch.share_C.tolist() == [1, 0.25, 0.25, 0.25, 0.25] and batch.share_C.dtype == torch.float32
     assert batch.margin_C.tolist() == [5, 1, 2, 3, 4] and batch.weight_C.tolist() == [1] * 5
+    assert batch.prompt_C.tolist() == [0, 1, 1, 1, 1] and batch.num_answers_P.tolist() == [2, 3]
     assert batch.length_N.tolist() == [2, 1, 3, 4, 3]
     torch.testing.assert_close(batch.score_N, torch.tensor([0.4, 0.5, 0.1, 0.2, 0.3]))
     assert {values.dtype for values in batch.columns.values()} == {torch.float32}
@@ -63,8 +64,8 @@ def test_comparisons_and_columns_by_hand(layout):
 def test_a_batch_moves_with_its_columns():
     batch = collate(DATA, MicroBatch([[0, 1]]), PACKED).to(torch.device("meta"))
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 9 and {t.device.type for t in [*tensors, *batch.columns.values()]} == {"meta"}
-    assert batch.margin_C.device.type == "meta" and batch.tree_lengths == [6, 3]
+    assert len(tensors) == 11 and {t.device.type for t in [*tensors, *batch.columns.values()]} == {"meta"}
+    assert batch.margin_C.device.type == "meta" and batch.tree_parts == [[2, 1, 2, 1], [0, 2, 1]]
     with pytest.raises(AttributeError, match="margin_N2"):
         _ = batch.margin_N2
 

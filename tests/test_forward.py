@@ -74,7 +74,7 @@ def set_kernel(model: RewardModel, kernel: str) -> RewardModel:
 
 
 @pytest.mark.parametrize("kind", [*CAUSAL, "llama with LoRA"])
-def test_layouts_equal_plain_transformers(kind, groups):
+def test_layouts_equal_plain_transformers(kind, groups, monkeypatch):
     classifier = tiny_classifier(kind.split()[0])
     classifier = with_lora(classifier) if "LoRA" in kind else classifier
     expected = plain_rewards(classifier, groups)
@@ -89,13 +89,15 @@ def test_layouts_equal_plain_transformers(kind, groups):
 
     cases = [(PADDED, [[i] for i in range(5)], "sdpa")]
     cases += [(PACKED, rows, kernel) for rows in ROWS.values() for kernel in ("sdpa", SDPA_BY_TREE)]
+    cases += [(BY_TREE, ROWS["one row"], SDPA_BY_TREE)]  # each prefix and each answer is a piece
     for layout, rows, kernel in cases:
+        monkeypatch.setattr("rm.model.attention.SMALL_TREE", 0 if layout is BY_TREE else 128)
         micro_batch = MicroBatch(rows)
         batch = collate(groups, micro_batch, layout)
         places = np.concatenate([np.arange(first[i], first[i + 1]) for i in micro_batch.prompts])
         rewards_N = score_batch(set_kernel(model, kernel), batch)
         torch.testing.assert_close(rewards_N, expected[places], atol=1e-5, rtol=1e-5)
-        got = gradients(model, step_loss(*concatenated_forward(model, batch), batch))
+        got = gradients(model, step_loss(*concatenated_forward(model, batch)[:2], batch))
         assert got.keys() == want.keys()
         for name, gradient in want.items():
             torch.testing.assert_close(got[name], gradient, atol=2e-4, rtol=1e-4, msg=f"{layout} {kernel} {name}")
@@ -104,16 +106,16 @@ def test_layouts_equal_plain_transformers(kind, groups):
 def test_a_step_does_not_depend_on_its_micro_batches_and_dummies_have_no_influence(groups):
     model = set_kernel(RewardModel(tiny_classifier("llama")), SDPA_BY_TREE)
     whole = collate(groups, MicroBatch(ROWS["one row"]), BY_TREE)
-    want = gradients(model, step_loss(*concatenated_forward(model, whole), whole))
+    want = gradients(model, step_loss(*concatenated_forward(model, whole)[:2], whole))
     for layout, budget, processes in ((BY_TREE, 60, 2), (PADDED, 1, 4)):
         plans = plan_micro_batches(np.arange(5), groups.costs(layout), layout, budget, processes)
         assert sum(mb.is_dummy for plan in plans for mb in plan) > 0
         batches = [collate(groups, mb, layout) for plan in plans for mb in plan]
-        got = gradients(model, sum(step_loss(*concatenated_forward(model, b), b) for b in batches))
+        got = gradients(model, sum(step_loss(*concatenated_forward(model, b)[:2], b) for b in batches))
         for name, gradient in want.items():
             torch.testing.assert_close(got[name], gradient, atol=2e-4, rtol=1e-4, msg=name)
     dummy = collate(groups, MicroBatch([[2]], is_dummy=True), BY_TREE)
-    got = gradients(model, step_loss(*concatenated_forward(model, dummy), dummy))
+    got = gradients(model, step_loss(*concatenated_forward(model, dummy)[:2], dummy))
     assert all((gradient == 0).all() for gradient in got.values())
 
 
@@ -138,7 +140,7 @@ def test_the_first_of_several_outputs_is_the_reward(groups):
     outputs_NK = forward_batch(set_kernel(model, "sdpa"), batch)
     assert outputs_NK.shape == (16, 3) and outputs_NK.dtype == torch.float32
     assert torch.equal(score_batch(model, batch), outputs_NK[:, 0])
-    chosen_C, rejected_C = concatenated_forward(model, batch)
+    chosen_C, rejected_C, _ = concatenated_forward(model, batch)
     assert torch.equal(chosen_C, outputs_NK[batch.chosen_C, 0]) and rejected_C.shape == (10,)
 
 
@@ -165,20 +167,28 @@ def test_mask_by_hand():
     assert mask("mistral", sliding_window=2) == expected
 
 
-def test_attention_by_tree_is_float32_and_per_tree(groups, monkeypatch):
+@pytest.mark.parametrize(("small", "shapes"), [
+    (128, [(n, n) for n in (9, 17)]),
+    (0, [(6, 6), (3, 3), (5, 5), (1, 6), (8, 13), (3, 8)]),
+])  # fmt: skip
+def test_attention_by_tree_is_float32_and_per_piece(monkeypatch, small, shapes):
+    """A prefix attends to itself, an answer to the prefix and itself; small trees are computed as a whole."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     model, seen = set_kernel(RewardModel(tiny_classifier("llama")), SDPA_BY_TREE), []
+    start = list(range(3, 8))
+    data = preference_data([[[3] * 6, [4] * 3], [[*start, 9], [*start, *[8] * 8], [*start, *[10] * 3]]])
 
     def spy(module, query, key, value, mask, **options):
-        seen.append((query.dtype, query.shape[2], mask.shape[2:]))
+        seen.append((query.dtype, query.shape[2], key.shape[2]))
+        assert mask.shape[2:] == (query.shape[2], key.shape[2])
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
     monkeypatch.setattr("rm.model.attention.sdpa_attention_forward", spy)
-    batch = collate(groups, MicroBatch([[0, 1]]), BY_TREE)
+    monkeypatch.setattr("rm.model.attention.SMALL_TREE", small)
     with torch.autocast("cpu", torch.bfloat16):
-        score_batch(model, batch)
-    assert seen == [(torch.float32, n, (n, n)) for n in batch.tree_lengths] * 2  # two layers
+        score_batch(model, collate(data, MicroBatch([[0, 1]]), BY_TREE))
+    assert seen == [(torch.float32, *shape) for shape in shapes] * 2  # two layers
 
 
 # ---------------------------------------------------------------- which layout
@@ -198,12 +208,12 @@ def test_a_model_that_does_not_pass_the_trees_on(pairs, monkeypatch):
     backbone = unwrapped(model.classifier).base_model
     forward = type(backbone).forward
 
-    def without_trees(self, input_ids, attention_mask, position_ids=None, use_cache=False, tree_lengths=None):
+    def without_trees(self, input_ids, attention_mask, position_ids=None, use_cache=False, pieces=None):
         return forward(self, input_ids, attention_mask, position_ids, use_cache=use_cache)
 
     monkeypatch.setattr(type(backbone), "forward", without_trees)
     layout = choose_layout("auto", model, pairs, PAD)
-    assert layout.name == "concatenated" and "gets no tree_lengths" in layout.reason
+    assert layout.name == "concatenated" and "gets no pieces" in layout.reason
     assert choose_layout("auto", set_kernel(model, "sdpa"), pairs, PAD).name == "shared_prefix"
 
 

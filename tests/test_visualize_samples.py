@@ -13,7 +13,7 @@ import wandb_files
 from rich.console import Console
 
 from rm.log.trackers import RunLog
-from rm.visualize_samples import sample_records, visualize_samples
+from rm.visualize_samples import group_record, sample_records, visualize_samples
 
 TEXTS = [
     {"prompt": "Human: hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Go away."},
@@ -30,6 +30,9 @@ TOKEN_REWARDS = [
     ([["", 0.0], ["a", 0.0]], [["", 0.0], ["b", 1.0]]),
 ]
 CHOSEN, REJECTED = [1.5, -0.25, 0.5, 1000.0, 0.0], [0.5, 0.25, 0.5, -1000.0, 1.0]
+
+
+ALL = [(0, 1), (0, 2), (1, 2)]
 
 
 class Nothing:
@@ -187,6 +190,129 @@ def test_terminal_shows_late_difference(tmp_path):
 def test_terminal_without_unicode(tmp_path):
     _, text = show(tmp_path, texts=TEXTS[:3], encoding="ascii")
     assert r"\u4f60\u597d" in text and "Human: hi / Assistant:" in text
+
+
+# ------------------------------------------------------------------------------ groups
+
+
+def group(rewards, scores=None, comparisons=ALL, p_chosen=1.0, tokens=None) -> dict:
+    """The record of a group; the texts of its answers are "a", "b", ..."""
+    chosen, rejected = np.transpose(comparisons)
+    table = pd.DataFrame({"chosen": chosen, "rejected": rejected, "p_chosen": p_chosen})
+    table = table.assign(**{f"reward_{side}": np.take(rewards, table[side]) for side in ("chosen", "rejected")})
+    scores = [math.nan] * len(rewards) if scores is None else scores
+    answers = pd.DataFrame({"answer": range(len(rewards)), "score": scores, "reward": rewards})
+    return {"id": "g", "step": 10, "prompt": "p"} | group_record(table, answers, list("abcdef")[: len(rewards)], tokens)
+
+
+def column(record: dict, name: str) -> list:
+    return [answer[name] for answer in record["answers"]]
+
+
+def test_a_group_by_hand():
+    """b has the highest score, c the highest reward: of c > a, b > a and b > c two are right."""
+    record = group([0.5, 2.0, 2.5], [1.0, 3.0, 2.0], [(1, 0), (2, 0), (1, 2)], tokens=[["A"], ["B"], ["C"]])
+    assert list(record) == ["id", "step", "prompt", "answers", "accuracy", "correct"]
+    assert (record["accuracy"], record["correct"]) == (pytest.approx(2 / 3), "wrong")
+    keys = ["text", "score", "win_share", "reward", "rank", "is_inverted", "token_rewards"]
+    assert [list(answer.values()) for answer in record["answers"]] == [
+        ["b", 3.0, 1.0, 2.0, 2, True, ["B"]],
+        ["c", 2.0, 0.5, 2.5, 1, False, ["C"]],
+        ["a", 1.0, 0.0, 0.5, 3, False, ["A"]],
+    ]
+    assert all(list(answer) == keys for answer in record["answers"])
+    json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "record, accuracy, correct, order, inverted",
+    [
+        (group([3.0, 2.0, 1.0], [9, 5, 1]), 1, "right", "abc", ""),
+        (group([3.0, 1.0, 2.0], [9, 5, 1]), 2 / 3, "partly", "abc", "b"),
+        (group([2.0, 2.0, 2.0], [9, 5, 1]), 0.5, "partly", "abc", ""),  # equal rewards count half
+        (group([1.0, 2.0, 3.0], [5, 5, 1], [(0, 2), (1, 2)]), 0, "wrong", "abc", "ab"),
+        (group([3.0, 2.0, 1.0]), 1, "right", "abc", ""),  # without scores: wins 2, 1 and 0 of 2
+        (group([1.0, 2.0, 3.0], None, [(2, 0), (2, 1)]), 1, "right", "cab", ""),
+        (group([1.0, 9.0, 2.0], None, [(2, 0)]), 1, "right", "cab", ""),  # b is in no comparison
+        (group([1.0, 9.0, 2.0], [9, 5, 1], [(0, 2)]), 0, "wrong", "acb", "a"),  # neither with a score
+        (group([1.0, 3.0, 2.0], None, ALL, [1.0, 1.0, 0.5]), 0, "wrong", "abc", "a"),  # b and c: a label tie
+        (group([1.0, math.nan, 3.0], [9, 5, 1]), math.nan, "nan", "abc", "a"),
+    ],
+)
+def test_groups_by_hand(record, accuracy, correct, order, inverted):
+    assert (record["accuracy"], record["correct"]) == (pytest.approx(accuracy, nan_ok=True), correct)
+    assert "".join(column(record, "text")) == order
+    assert "".join(answer["text"] for answer in record["answers"] if answer["is_inverted"]) == inverted
+
+
+def test_what_a_group_lacks_is_null():
+    record = group([1.0, math.nan, 2.0], None, [(2, 0)])
+    assert [column(record, name) for name in ("score", "win_share", "rank")] == [[None] * 3, [1, 0, None], [1, 2, None]]
+
+
+TOKENS = [[["", 0.0], ["a", 1.0]], [["", 0.0], ["b", -1.0]], [["", 0.0], ["c", 0.5]]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_groups_in_the_terminal(tmp_path, encoding):
+    """A block for each answer: its place by label with its score, its text, its reward and its rank."""
+    records = [group([1.0, -1.0, 0.5], [7.25, 5, 1], tokens=TOKENS), group([1.0, 2.0, 3.0]) | {"id": "h"}]
+    for width in (80, 120):
+        raw = io.BytesIO()
+        console = Console(file=io.TextIOWrapper(raw, encoding=encoding), width=width)
+        visualize_samples(records, step=10, output_dir=tmp_path, run_log=Nothing(), console=console)
+        text = raw.getvalue().decode(encoding)
+        assert "a best answer has the highest reward in 1 of 2 groups shown" in text
+        assert max(map(len, text.splitlines())) <= width and "pair" not in text
+        rows = [re.sub(r"[\s|]+", " ", line).strip() for line in text.splitlines()]
+        at, bars = rows.index("g prompt p"), "▅█ ▅▁ ▅▇" if encoding == "utf-8" else "=# =_ =*"
+        one, two, three = bars.split()
+        assert rows[at + 1 : at + 7] == [
+            "partly 1: 7.25 a +1.000",
+            f"+0.00 {one} +1.00 rank 1",
+            "accuracy 0.667 2: 5 b -1.000",
+            f"inverted +0.00 {two} -1.00 rank 3",
+            "3: 1 c +0.500",
+            f"+0.00 {three} +0.50 rank 2",
+        ]
+        at = rows.index("h prompt p")
+        assert rows[at + 1 : at + 4] == ["wrong 1: 100% a +1.000", "inverted rank 3", "accuracy 0.000 2: 50% b +2.000"]
+    lines = (tmp_path / "samples" / "step-10.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == records
+
+
+class Tables:
+    """Keeps what W&B gets."""
+
+    def __init__(self):
+        self.logged, self.Html = {}, lambda page, inject: page
+
+    def Table(self, columns, data):
+        return [dict(zip(columns, row, strict=True)) for row in data]
+
+    def log_wandb(self, what, make, step):
+        self.logged |= make(self)
+
+
+def test_wandb_rows_of_groups_and_of_pairs(tmp_path):
+    """A row for each answer; beside pairs the groups have a table of their own."""
+    (pair, *_), _ = show(tmp_path)
+    record = group([0.5, 2.0, 2.5], [1.0, 3.0, 2.0], [(1, 0), (2, 0), (1, 2)], tokens=TOKENS)
+    for records, name in (([record], "eval/samples"), ([pair, record], "eval/group_samples")):
+        console, log = Console(file=io.StringIO(), width=80), Tables()
+        visualize_samples(records, step=10, output_dir=tmp_path, run_log=log, console=console)
+        first, *others = log.logged[name]
+        assert first == {
+            "id": "g", "step": 10, "prompt": "p", "accuracy": pytest.approx(2 / 3), "correct": "wrong", "answer": "b",
+            "score": 3.0, "win_share": 1.0, "reward": 2.0, "rank": 2, "is_inverted": True,
+        }  # fmt: skip
+        assert [row["answer"] for row in others] == ["c", "a"]
+        page = log.logged["eval/token_rewards"]
+        assert "g: wrong, accuracy 0.667" in page and "<b>answer 1: 3</b>, rank 2, inverted" in page
+    assert log.logged["eval/samples"] == [pair]
+    shown = console.file.getvalue()
+    assert "in 1 of 1 pairs shown; a best answer has the highest reward in 0 of 1 groups" in " ".join(shown.split())
+    assert "P=0.731" in shown and "1: 3" in shown
 
 
 def test_colours_are_extra(tmp_path):

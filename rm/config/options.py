@@ -70,7 +70,7 @@ class ModelOptions(QuantizationOptions, LoraOptions, BackboneOptions):
 
 class DatasetOptions(Section):
     """Data"""
-    dataset_name: str | list[str] = option("toy", "hub name, .json/.jsonl/.parquet/.csv file (also .gz), save_to_disk folder, or toy (embedded); several as a list", compared_by_content=True)
+    dataset_name: str | list[str] = option("toy", "hub name, .json/.jsonl/.parquet/.csv file (also .gz), save_to_disk folder, toy or toy_groups (embedded); several as a list", compared_by_content=True)
     dataset_weights: list[Annotated[float, Field(gt=0, le=100)]] | None = option(None, "passes over each data set in an epoch: 1 is each row once, 0.5 a random half, 2 each row twice; none: 1 for each", min_length=1, fix="must be a list of numbers greater than 0 and at most 100, or none")
     dataset_config: str | list[str | None] | None = option(None, "configuration (subset) of a hub data set; for several data sets a list, null for one without")
     dataset_train_split: str = option("train", "split to train on")
@@ -83,7 +83,18 @@ class DatasetOptions(Section):
     margin_column: str | None = option(None, "data column with the margin of each comparison; none: the column margin, if there is one", min_length=1, excludes="margin_from_scores")
     weight_column: str | None = option(None, "data column with the weight (0 or greater) of each comparison in the loss; none: weight 1", min_length=1)
     probability_column: str | None = option(None, "data column with the probability that the chosen answer is better (soft label); none: probability 1", min_length=1)
-    margin_from_scores: bool = option(False, "margin = score_chosen - score_rejected")
+    prompt_column: str | None = option(None, "data column with the prompt, text or messages, with a dot for a field (info.post); empty: there is none; none: a known name")
+    system_column: str | None = option(None, "data column with the system message; none: system or system_prompt, if there is one", min_length=1)
+    chosen_column: str | None = option(None, "data column with the better answer; none: a known name", min_length=1)
+    rejected_column: str | None = option(None, "data column with the worse answer; none: a known name", min_length=1)
+    responses_column: str | None = option(None, "data column with a list of answers, or with a dot a field of its entries (answers.text); none: a known name", min_length=1)
+    scores_column: str | None = option(None, "data column with the scores of the answers, higher is better; none: a known name", min_length=1)
+    ranks_column: str | None = option(None, "data column with the ranks of the answers, 1 is best; none: a known name", min_length=1)
+    preference_column: str | None = option(None, "data column that says which of two answers is better, in a known layout (safer_response_id); none: that of the layout", min_length=1)
+    margin_from_scores: bool = option(False, "margin = difference of the two answers' scores (score_chosen, score_rejected; or scores)")
+    equal_scores: Literal["drop", "tie"] = option("drop", "answers of a group with equal scores: drop (no comparison), or tie (a comparison with probability 0.5)")
+    group_by_prompt: bool = option(False, "make one group of all pairs that share a prompt, and compute each of its answers once; every prompt then counts once, whatever the number of its pairs")
+    max_answers: int | None = option(None, "answers of a group; larger groups are split, and comparisons between the parts are dropped; none: no limit", gt=1)
     dataset_num_proc: int | None = option(None, "processes that render and tokenize; none: one", gt=0, may_change_on_resume=True)
 
     def check(self) -> None:
@@ -109,14 +120,19 @@ class DataOptions(TokenOptions, DatasetOptions):
 
 class LossOptions(Section):
     """Loss"""
+    loss_type: Literal["bradley_terry", "plackett_luce"] = option("bradley_terry", "bradley_terry: mean over the comparisons of a prompt; plackett_luce: likelihood of the ranking of its answers by score (needs scores or ranks)")
     center_rewards_coefficient: float | None = option(None, "weight of (r_chosen + r_rejected)^2, which centers rewards on 0; 0.01 is recommended; none: off", gt=0)
     label_smoothing_factor: float = option(0.0, "probability that a label is wrong, below 0.5; 0: off", ge=0, lt=0.5)
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """The keyword arguments of `rm.loss.pairwise_loss`."""
-        centering = self.center_rewards_coefficient
-        return {"center_rewards_coefficient": centering, "label_smoothing": self.label_smoothing_factor}
+        """The keyword arguments of the loss in `rm.loss`."""
+        smoothing = {} if self.loss_type == "plackett_luce" else {"label_smoothing": self.label_smoothing_factor}
+        return {"center_rewards_coefficient": self.center_rewards_coefficient} | smoothing
+
+    def check(self) -> None:
+        if self.loss_type == "plackett_luce":
+            self.need(not self.label_smoothing_factor, "label_smoothing_factor", "has no effect with loss_type=plackett_luce")
 
 class TrainOptions(Section):
     """Optimization"""
@@ -227,6 +243,9 @@ class RewardConfig(
             need(self.eval_steps, "lr_scheduler_type", "depends on evaluations; set eval_steps")
         need(has_checkpoints or not self.save_total_limit, "save_total_limit", "has no effect without save_steps")
         need(has_checkpoints or self.hub_strategy == "end", "hub_strategy", "has no effect without save_steps; use end")
+        for name in ("margin_column", "weight_column", "probability_column", "margin_from_scores"):
+            is_used = self.loss_type == "bradley_terry" or not getattr(self, name)
+            need(is_used, name, "has no effect with loss_type=plackett_luce, which depends on the ranking alone")
 
     def global_batch_size(self, num_processes: int) -> int:
         """Prompts per optimizer step over all processes, from `train_batch_size` or from the two options of TRL."""

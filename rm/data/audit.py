@@ -12,35 +12,48 @@ from rich.table import Table
 
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
 
-DROPPED = ("over_length", "empty", "identical")  # the reasons for which a comparison is dropped
+DROPPED = ("over_length", "empty", "identical", "tied", "split")  # the reasons for which a comparison is dropped
+NOTED = ("truncated", "truncated_answer", "ends_with_user")  # what is counted of the kept rows
 
 MEANING = {  # the counts, in the order of the table
     "weight": "passes over the data set in an epoch",
-    "total": "pairs read",
+    "total": "comparisons read",
     "over_length": "dropped: longer than max_length",
     "empty": "dropped: a blank answer, or no tokens",
     "identical": "dropped: chosen and rejected have the same tokens",
-    "kept": "pairs used",
-    "drawn": "pairs in an epoch, by the weight",
+    "tied": "dropped: the two answers have equal scores",
+    "split": "dropped: the two answers are in different parts of a prompt with more than max_answers",
+    "kept": "comparisons used",
+    "prompts": "prompts used, each with all its comparisons in one step",
+    "prompts_dropped": "prompts dropped: no comparison is left",
+    "drawn": "prompts in an epoch, by the weight",
     "truncated": "kept, with the start of the prompt removed",
-    "duplicate": "kept, although the same pair came before",
+    "truncated_answer": "kept, with the prompt and a part of an answer removed",
+    "ends_with_user": "kept, although a conversation ends with a message of the user",
+    "duplicate": "kept, although the same comparison came before",
     "contradictory": "kept, although the same two answers also come with the opposite label",
     "in_train": "kept, although the train set has the same two answers",
+    "prompt_in_train": "kept, although the train set has the same prompt",
     "mean_tokens": "tokens in a sequence, mean",
     "max_tokens": "tokens in a sequence, longest",
     "mean_shared_prefix": "tokens that the answers of a prompt share, mean",
+    "tree_tokens": "tokens of all prompts, each answer computed once",
+    "pair_tokens": "tokens of all comparisons as separate pairs with their prompt once",
 }
 
 
 def audit_counts(arrays: dict[str, np.ndarray], dropped: dict[str, int]) -> dict[str, int | float]:
-    """The counts of `MEANING` but `in_train`: of the kept rows' arrays (`arrays_of`) and the dropped comparisons."""
+    """The counts of `MEANING` but those of the train set: of the kept rows' arrays (`arrays_of`) and the dropped
+    comparisons. Data with several comparisons of a prompt have three more."""
     lengths, prefix = arrays["length"], arrays["prefix_length"]
     keys = pd.Series(_keys(arrays["hash_chosen"], arrays["hash_rejected"]))
-    return {
+    trees = lengths.sum() - (prefix * (arrays["num_answers"] - 1)).sum()
+    groups = {"prompts": len(prefix), "tree_tokens": int(trees), "pair_tokens": int(arrays["pair_length"].sum())}
+    return (groups if len(keys) > len(prefix) else {}) | {
         "total": len(keys) + sum(dropped.values()),
         **dropped,
         "kept": len(keys),
-        "truncated": int(arrays["truncated"].sum()),
+        **{name: int(arrays[name].sum()) for name in NOTED},
         "duplicate": int(keys.duplicated().sum()),
         "contradictory": int(keys.isin(_keys(arrays["hash_rejected"], arrays["hash_chosen"])).sum()),
         "mean_tokens": round(float(lengths.mean()), 2) if len(lengths) else 0.0,
@@ -98,8 +111,10 @@ def data_report(train: Any, test: Any) -> dict:
         sets = {}
         for name, part in data.sets.items():
             origin = {"source": part.source.name, "format": part.encoding.format, "fingerprint": part.fingerprint}
+            origin |= {"layout": part.encoding.data_layout, "columns": part.encoding.roles}
             sets[name] = origin | part.audit
-        names = {key: ", ".join(dict.fromkeys(part[key] for part in sets.values())) for key in ("source", "format")}
+        text = {key: [part[key] for part in sets.values()] for key in ("source", "format", "layout")}
+        names = {key: ", ".join(dict.fromkeys(values)) for key, values in text.items()}
         report[split] = names | {"fingerprint": data.fingerprint, **data.audit}
-        report[split] |= {"sets": sets} if data.are_several else {}
+        report[split] |= {"sets": sets} if data.are_several else {"columns": origin["columns"]}
     return report

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,32 @@ from filelock import FileLock
 
 from rm.config.errors import InputError
 from rm.config.files import damage, discard_folder, new_folder, publish_folder
-from rm.data.audit import DROPPED, audit_counts, fingerprint
+from rm.data.audit import DROPPED, NOTED, audit_counts, fingerprint
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
-from rm.data.dataset import DataSet, PreferenceData, arrays_of, flat, ragged
-from rm.data.formats import DATA_LAYOUTS, SIDES, Encoding, RowError, detect_format, read_row
+from rm.data.dataset import DataSet, PreferenceData, arrays_of, flat, prompt_hash, ragged
+from rm.data.example import SIDES, Encoding, RowError
+from rm.data.formats import OTHERS, detect_format, read_row
+from rm.data.groups import merge_rows, same_prompt, split_row
+from rm.data.layouts import DataLayout
 from rm.data.load import Source, check_late_rows
+from rm.data.prompt import example_of
 from rm.data.tokenize import Tree, encode_examples, usable_part
 
 logger = logging.getLogger(__name__)
 
 
 def tokenize_source(
-    source: Source, name: str, tokenizer: Any, config: Any, as_conversation: bool = False
+    source: Source,
+    name: str,
+    tokenizer: Any,
+    config: Any,
+    as_conversation: bool = False,
+    select: Callable[[Dataset], Dataset] = lambda table: table,
 ) -> PreferenceData:
-    """Check every row, render and tokenize it, drop what cannot be used and count it.
+    """Check every row, render and tokenize it, group it by prompt, drop what cannot be used and count it.
 
     The tokens are cached on disk for the same content and options. A damaged folder of the cache is made again.
+    `select` chooses rows of the cached table, one for each prompt; only these are used and counted.
 
     Raises:
         InputError: unknown columns, a wrong row, or no comparison is left.
@@ -51,12 +62,21 @@ def tokenize_source(
                 discard_folder(folder)
             if problem:
                 _write_table(folder, source, tokenizer, encoding, config.dataset_num_proc or 1)
-    table = datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(folder.glob("*.arrow"))])
+    table = select(_read_table(folder))
     kept = np.flatnonzero(ragged(table, "chosen")[0])
     dataset = table if len(kept) == len(table) else table.select(kept)
     arrays = arrays_of(dataset)
     audit = audit_counts(arrays, {reason: int(flat(table, reason).sum()) for reason in DROPPED})
     logger.info("%s: format %s, %d of %d pairs kept", source.name, encoding.format, audit["kept"], audit["total"])
+    if count := audit["ends_with_user"]:
+        problem = "rows have conversations that end with a message of the user, not with an answer"
+        logger.warning("%s: %d %s", source.name, count, problem)
+    if len(kept) and arrays["margin"].max() < 0:
+        logger.warning("%s: all margins are negative; are chosen and rejected, or their scores, swapped?", source.name)
+    if audit["kept"] > len(kept):
+        audit["prompts_dropped"] = len(table) - len(kept)
+        counts = len(kept), audit["tree_tokens"], audit["pair_tokens"]
+        logger.info("%s: %d prompts of %d tokens as groups; as separate pairs %d tokens", source.name, *counts)
     if len(kept) == 0:
         why = ", ".join(f"{audit[reason]} {reason}" for reason in DROPPED if audit[reason])
         raise InputError(f"{source.name}: no pair is left of {len(table)} ({why}); raise max_length or fix the data")
@@ -65,11 +85,11 @@ def tokenize_source(
 
 
 def _write_table(folder: Path, source: Source, tokenizer: Any, encoding: Encoding, num_proc: int) -> None:
-    layout = DATA_LAYOUTS[encoding.data_layout]
-    columns = {*layout.columns, *layout.optional, "id", "subset", "tools", "chat_template_kwargs"}
-    columns.update(encoding.numbers.values(), *encoding.answer_numbers.values())
+    paths = [*encoding.roles.values(), *OTHERS, *encoding.numbers.values()]
+    paths += [column for columns in encoding.answer_numbers.values() for column in columns]
+    columns = {c for c in source.dataset.column_names if any(f"{path}.".startswith(f"{c}.") for path in paths)}
     check_late_rows(source, columns)
-    rows = source.dataset.select_columns([c for c in source.dataset.column_names if c in columns]).with_format(None)
+    rows = source.dataset.select_columns(sorted(columns)).with_format(None)
     num_proc, features, hidden = min(num_proc, len(rows)), _features(), new_folder(folder)
     gc.disable()  # the cycle collector would search the lists of each batch again: a quarter of the time
     # a pool ends its workers by SIGTERM and waits for them; they must not inherit a handler that lets them live
@@ -86,6 +106,8 @@ def _write_table(folder: Path, source: Source, tokenizer: Any, encoding: Encodin
             new_fingerprint=folder.name,
             desc="Tokenizing",
         )
+        if encoding.group_by_prompt or encoding.max_answers:
+            _group_table(hidden, encoding, features)
         publish_folder(hidden, folder)
     except UnicodeDecodeError:  # the JSON and Parquet readers accept wrong bytes
         for row in range(len(rows)):
@@ -101,6 +123,29 @@ def _write_table(folder: Path, source: Source, tokenizer: Any, encoding: Encodin
         shutil.rmtree(hidden, ignore_errors=True)
 
 
+def _read_table(folder: Path) -> Dataset:
+    return datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(folder.glob("*.arrow"))])
+
+
+def _group_table(folder: Path, encoding: Encoding, features: Features) -> None:
+    """Replace the table in `folder` by one with a row for each group."""
+    tokens, files = _read_table(folder), list(folder.glob("*.arrow"))
+    rows = (
+        same_prompt(flat(tokens, "prompt").tolist()) if encoding.group_by_prompt else [[i] for i in range(len(tokens))]
+    )
+
+    def group_batch(batch: dict[str, list]) -> pa.Table:
+        merged = (merge_rows([tokens[i] for i in members]) for members in batch["rows"])
+        limit = encoding.max_answers
+        table = [part for row in merged for part in (split_row(row, limit) if limit else [row])]
+        return pa.Table.from_pylist(table, schema=features.arrow_schema)
+
+    options = {"features": features, "new_fingerprint": folder.name, "cache_file_name": str(folder / "groups.arrow")}
+    Dataset.from_dict({"rows": rows}).map(group_batch, batched=True, desc="Grouping", **options)
+    for file in files:
+        file.unlink()
+
+
 def _cache_key(source: Source, tokenizer: Any, encoding: Encoding) -> str:
     """Hex digits (32) that differ wherever the tokens or the numbers could, also after an edit of the code."""
     if hasattr(tokenizer, "backend_tokenizer"):
@@ -110,7 +155,8 @@ def _cache_key(source: Source, tokenizer: Any, encoding: Encoding) -> str:
         content = [type(tokenizer).__name__, tokenizer.get_vocab()]
     special = [tokenizer.special_tokens_map, tokenizer.chat_template, transformers.__version__]
     registry = {name: dataclasses.asdict(c) for name, c in (COMPARISON_COLUMNS | ANSWER_COLUMNS).items()}
-    code = [inspect.getsource(inspect.getmodule(f)) for f in (read_row, usable_part, _features)]
+    functions = (read_row, Encoding, DataLayout, example_of, usable_part, merge_rows, _features)
+    code = [inspect.getsource(inspect.getmodule(f)) for f in functions]
     rows = None if source.rows is None else xxhash.xxh3_128_hexdigest(source.rows.tobytes())
     parts = [code, source.content, rows, content, special, dataclasses.asdict(encoding), registry]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -119,12 +165,14 @@ def _cache_key(source: Source, tokenizer: Any, encoding: Encoding) -> str:
 def _features() -> Features:
     """The columns of the cached table: those of `PreferenceData`, and the counts for the audit."""
     int32 = Value("int32")
-    features = {"id": Value("string"), "subset": Value("string"), "row": Value("int64")}
-    features |= {"prefix_ids": List(int32), "answer_ids": List(List(int32)), "answer_hash": List(Value("int64"))}
-    features |= {"prefix_length": int32, "answer_lengths": List(int32), "answer": List(int32)}
+    int64 = Value("int64")
+    features = {"id": Value("string"), "subset": Value("string"), "prompt": int64, "row": List(int64)}
+    features |= {"prefix_ids": List(int32), "answer_ids": List(List(int32)), "answer_hash": List(int64)}
+    features |= {"prefix_length": int32, "answer_lengths": List(int32)}
+    features |= {"answer": List(int32), "answer_row": List(int64)}
     features |= {"chosen": List(int32), "rejected": List(int32)}
     features |= dict.fromkeys((*COMPARISON_COLUMNS, *ANSWER_COLUMNS), List(Value("float32")))
-    return Features(features | {"truncated": Value("bool")} | dict.fromkeys(DROPPED, int32))
+    return Features(features | dict.fromkeys((*NOTED, *DROPPED), int32))
 
 
 def encode_batch(batch, indices, *, source: Source, tokenizer: Any, encoding: Encoding, features: Features) -> pa.Table:
@@ -140,8 +188,11 @@ def encode_batch(batch, indices, *, source: Source, tokenizer: Any, encoding: En
             raise InputError(f"{source.row_name(i)}: {sequences}")
         part = usable_part(example, sequences, encoding, tokenizer.bos_token_id)
         tree = part.tree or Tree(np.zeros(0, np.int32), [])
-        row = {"id": example.id or str(i), "subset": example.subset, "row": i, "truncated": part.truncated}
-        row |= {"prefix_ids": tree.prefix, "answer_ids": tree.answers, "answer": part.answers, **part.dropped}
+        row = {"id": example.id or str(i), "subset": example.subset}
+        row |= {"prompt": prompt_hash(example, tree), "row": [i] * len(part.kept)}
+        row |= {"answer": part.answers, "answer_row": [i] * len(part.answers)}
+        row |= {"prefix_ids": tree.prefix, "answer_ids": tree.answers}
+        row |= dict.fromkeys((*NOTED, *DROPPED), 0) | part.noted | part.dropped | {"tied": example.num_tied}
         row |= {"prefix_length": len(tree.prefix), "answer_lengths": list(map(len, tree.answers))}
         row["answer_hash"] = list(map(_hash, tree.sequences()))
         row |= {side: [comparison[n] for comparison in part.comparisons] for n, side in enumerate(SIDES)}

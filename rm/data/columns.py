@@ -49,12 +49,12 @@ def columns_to_read(names: Iterable[str], config: Any, source: str) -> dict[str,
     names, found = set(names), {}
     for name, column in COMPARISON_COLUMNS.items():
         given = column.option and getattr(config, column.option, None)
-        if given and given not in names:
+        if given and given.split(".")[0] not in names:
             there = ", ".join(sorted(names))
             raise InputError(f"{source}: {column.option}={given}: there is no such column; there are {there}")
         if given or (column.by_name and name in names):
             found[name] = given or name
-    if config.margin_from_scores and ("margin" in found or not names >= {"score_chosen", "score_rejected"}):
-        needs = "needs the columns score_chosen and score_rejected, and no column of margins"
+    if config.margin_from_scores and "margin" in found:
+        needs = "needs the columns score_chosen and score_rejected (or scores), and no column of margins"
         raise InputError(f"{source}: margin_from_scores {needs}; there are {', '.join(sorted(names))}")
     return found

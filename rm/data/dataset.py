@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 
-from rm.data.audit import DROPPED, audit_counts
+from rm.config.errors import InputError
+from rm.data.audit import DROPPED, NOTED, audit_counts
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
-from rm.data.formats import Encoding, Example, read_row, without_none
+from rm.data.example import Encoding, Example, content_text, without_none
+from rm.data.formats import read_row
 from rm.data.load import Source
 from rm.data.plan import Layout
 from rm.data.tokenize import Tree
@@ -41,9 +43,9 @@ class PreferenceData:
     """The usable prompts of one or several data sets, set after set.
 
     Columns of `dataset`, one row per prompt with N answers and C comparisons: `id`, `subset` (None where the data have
-    none), `row` (in its source), `prefix_ids`, `answer_ids` (N lists), `prefix_length`, `answer_lengths` (tokens),
-    `answer` (N indices into the source's answers), `answer_hash` (N, of the whole sequences), `chosen`, `rejected` (C
-    answer indices), and the registered columns (C or N float32 values each).
+    none), `prompt` (`prompt_hash`), `prefix_ids`, `answer_ids` (N lists), `prefix_length`, `answer_lengths` (tokens),
+    `answer_row`, `answer` (N: row in the source, and which of its answers), `answer_hash` (N, of the whole sequences),
+    `row` (C, in the source), `chosen`, `rejected` (C answer indices), and the registered columns (C or N float32).
     """
 
     dataset: Dataset
@@ -92,6 +94,17 @@ class PreferenceData:
         columns = {name: values_of(table[name]) for name in table.column_names}
         return columns["chosen"][0], {name: values for name, (_, values) in columns.items()}
 
+    def check_rankings(self) -> None:
+        """Raise `InputError` unless the scores of the answers decide every comparison, without further numbers."""
+        frame, (counts, score) = self.comparisons, ragged(self.dataset, "score")
+        first = (np.cumsum(counts) - counts)[frame["index"]]
+        is_ranked = score[first + frame["chosen"]] > score[first + frame["rejected"]]
+        is_plain = (frame["margin"] == 0) & (frame["weight"] == 1) & (frame["p_chosen"] == 1)
+        if len(bad := np.flatnonzero(~(is_ranked & is_plain))):
+            (name,) = self.ids(frame["index"].iloc[bad[:1]])
+            needs = "scores or ranks that decide every comparison, and no margins, weights or ties"
+            raise InputError(f"loss_type=plackett_luce: prompt {name} needs {needs}")
+
     # ------------------------------------------------------------ for people and for the evaluation table
 
     @property
@@ -113,25 +126,17 @@ class PreferenceData:
         numbers = pd.Series(self.set_names).groupby(self.set_names).cumcount()
         return np.flatnonzero((numbers < count) | (count == -1))
 
-    def example(self, i: int) -> Example:
-        """Prompt `i` as the data give it; only the kept answers."""
-        row, part = self.dataset[int(i)], self.sets[self.set_names[i]]
-        example = read_row(part.source.dataset[row["row"]], part.encoding)
-        example.answers = [example.answers[n] for n in row["answer"]]
-        return example
-
     def texts(self, i: int) -> dict[str, Any]:
-        """Prompt `i` for people: "prompt", and "answers" without the prompt (N texts)."""
-        example = self.example(i)
-        if example.kind == "tokens":
+        """Prompt `i` for people: "prompt", and "answers" without the prompt (N texts), as the data give them."""
+        row, part = self.dataset[int(i)], self.sets[self.set_names[i]]
+        if part.encoding.kind == "tokens":
             (tree,) = self.trees([int(i)])
             prompt, *answers = map(self.tokenizer.decode, (tree.prefix, *tree.answers))
-        else:
-            prompt, answers = split_prompt(example)
-        if example.kind == "conversation":  # a single message is its content, several are a transcript
-            prompt = _transcript(prompt)
-            answers = [_content(messages[0]) if len(messages) == 1 else _transcript(messages) for messages in answers]
-        return {"prompt": prompt, "answers": answers}
+            return {"prompt": prompt, "answers": answers}
+        rows = dict.fromkeys(row["answer_row"])
+        given = {n: readable(read_row(part.source.dataset[n], part.encoding)) for n in rows}
+        answers = [given[n][1][number] for n, number in zip(row["answer_row"], row["answer"], strict=True)]
+        return {"prompt": given[row["answer_row"][0]][0], "answers": answers}
 
     def comparison_texts(self, row: int) -> dict[str, str]:
         """Row `row` of `comparisons` for people: "prompt", "chosen", "rejected"."""
@@ -139,28 +144,26 @@ class PreferenceData:
         prompt, answers = self.texts(index).values()
         return {"prompt": prompt, "chosen": answers[chosen], "rejected": answers[rejected]}
 
-    def prompt_hashes(self) -> np.ndarray:
-        """int64 [n], equal for equal prompts, the same on every machine. Without a prompt of their own the prompt is
-        where the answers begin alike, so that one prompt may get several numbers."""
-        hashes = []
-        for i in range(len(self)):
-            example = self.example(i)
-            if example.kind == "tokens":
-                content = self.trees([i])[0].prefix.astype("<i4").tobytes()
-            else:
-                prompt, _ = split_prompt(example)
-                text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-                content = text.encode("utf-8", "backslashreplace")
-            hashes.append(xxhash.xxh64_intdigest(content))
-        return np.array(hashes, np.uint64).view(np.int64)
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        """One row per answer: `index` (of the prompt), `answer` (in the prompt), the answer columns, `length` (tokens
+        of the whole sequence), `row` (in the source), `number` (among the answers of that row)."""
+        counts, lengths = ragged(self.dataset, "answer_lengths")
+        index, first = np.repeat(np.arange(len(self)), counts), np.repeat(np.cumsum(counts) - counts, counts)
+        frame = {"index": index, "answer": np.arange(len(index)) - first}
+        frame |= {name: ragged(self.dataset, name)[1].astype(np.float64) for name in ANSWER_COLUMNS}
+        frame |= {"length": lengths + flat(self.dataset, "prefix_length")[index]}
+        columns = {"row": "answer_row", "number": "answer"}
+        return pd.DataFrame(frame | {name: ragged(self.dataset, column)[1] for name, column in columns.items()})
 
     @cached_property
     def comparisons(self) -> pd.DataFrame:
-        """One row per comparison: `index` (of the prompt), `chosen`, `rejected` (answer indices), the comparison
-        columns, `share` (1/C), `length_chosen`, `length_rejected`, `prefix_length` (tokens)."""
+        """One row per comparison: `index` (of the prompt), `row` (in the source), `chosen`, `rejected` (answers of the
+        prompt), the comparison columns, `share` (1/C), `length_chosen`, `length_rejected`, `prefix_length` (tokens)."""
         counts, chosen = ragged(self.dataset, "chosen")
         index = np.repeat(np.arange(len(self)), counts)
-        frame = {"index": index, "chosen": chosen, "rejected": ragged(self.dataset, "rejected")[1]}
+        frame = {"index": index, "row": ragged(self.dataset, "row")[1], "chosen": chosen}
+        frame |= {"rejected": ragged(self.dataset, "rejected")[1]}
         frame |= {name: ragged(self.dataset, name)[1].astype(np.float64) for name in COMPARISON_COLUMNS}
         num_answers, lengths = ragged(self.dataset, "answer_lengths")
         first, prefix = (np.cumsum(num_answers) - num_answers)[index], flat(self.dataset, "prefix_length")[index]
@@ -182,7 +185,25 @@ def concatenate(parts: dict[str, PreferenceData]) -> PreferenceData:
     return PreferenceData(dataset, sets, audit, hashlib.sha256(digest.encode()).hexdigest(), first.tokenizer)
 
 
-# ---------------------------------------------------------------- for people
+# ---------------------------------------------------------------- where the prompt ends
+
+
+def prompt_hash(example: Example, tree: Tree) -> int:
+    """A signed 64-bit hash, equal for equal rendered prompts, the same on every machine.
+
+    Without a prompt of their own the prompt is where the answers begin alike (of token ids the prefix of `tree`), so
+    that one prompt may get several numbers. Answers without a common start are a prompt of their own.
+    """
+    if example.kind == "tokens":
+        content = tree.prefix.astype("<i4").tobytes()
+    else:
+        prompt, answers = split_prompt(example)
+        prompt = prompt or [[], *answers]
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+        if variables := {key: value for key, value in example.variables.items() if value}:
+            text += json.dumps(variables, sort_keys=True, default=str)
+        content = text.encode("utf-8", "backslashreplace")
+    return int(np.uint64(xxhash.xxh64_intdigest(content)).view(np.int64))
 
 
 def split_prompt(example: Example) -> tuple[Any, list]:
@@ -191,8 +212,8 @@ def split_prompt(example: Example) -> tuple[Any, list]:
     The start shared by texts ends after the last turn marker of hh-rlhf in it, or else at white space. Of conversations
     equal leading messages are the prompt; each answer keeps its last message.
     """
-    if example.prompt is not None:
-        return example.prompt, example.answers
+    if example.prompt is not None or not example.answers:
+        return example.prompt or "", example.answers
     first = example.answers[0]
     if example.kind == "text":
         shared, marker = os.path.commonprefix(example.answers), "\n\nAssistant:"
@@ -204,10 +225,17 @@ def split_prompt(example: Example) -> tuple[Any, list]:
     return first[:cut], [answer[cut:] for answer in example.answers]
 
 
+def readable(example: Example) -> tuple[str, list[str]]:
+    """Prompt and answers as texts for people; a single message is its content, several are a transcript."""
+    prompt, answers = split_prompt(example)
+    if example.kind == "conversation":
+        prompt = _transcript(prompt)
+        answers = [_content(messages[0]) if len(messages) == 1 else _transcript(messages) for messages in answers]
+    return prompt, answers
+
+
 def _content(message: dict) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, list):  # the parts of a multi-modal message
-        content = "\n".join(str(part.get("text", part)) if isinstance(part, dict) else str(part) for part in content)
+    content = content_text(message.get("content"))
     calls = [json.dumps(call, ensure_ascii=False) for call in without_none(message.get("tool_calls") or [])]
     return "\n".join([content, *calls]) if content else "\n".join(calls)
 
@@ -241,13 +269,17 @@ def arrays_of(dataset: Dataset) -> dict[str, np.ndarray]:
     counts, hashes = ragged(dataset, "answer_hash")
     num_comparisons, chosen = ragged(dataset, "chosen")
     first = np.repeat(np.cumsum(counts) - counts, num_comparisons)
-    prefix = flat(dataset, "prefix_length")
-    return {name: ragged(dataset, name)[1] for name in (*COMPARISON_COLUMNS, *ANSWER_COLUMNS)} | {
+    prefix, rejected = flat(dataset, "prefix_length"), ragged(dataset, "rejected")[1]
+    lengths = ragged(dataset, "answer_lengths")[1] + np.repeat(prefix, counts)
+    columns = {name: ragged(dataset, name)[1] for name in (*COMPARISON_COLUMNS, *ANSWER_COLUMNS)}
+    columns |= {name: flat(dataset, name) for name in NOTED}
+    return columns | {
         "hash_chosen": hashes[first + chosen],
-        "hash_rejected": hashes[first + ragged(dataset, "rejected")[1]],
+        "hash_rejected": hashes[first + rejected],
         "num_answers": counts,
         "num_comparisons": num_comparisons,
         "prefix_length": prefix,
-        "length": ragged(dataset, "answer_lengths")[1] + np.repeat(prefix, counts),
-        "truncated": flat(dataset, "truncated"),
+        "length": lengths,
+        "pair_length": lengths[first + chosen] + lengths[first + rejected] - np.repeat(prefix, num_comparisons),
+        "prompt": flat(dataset, "prompt"),
     }

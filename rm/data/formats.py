@@ -1,169 +1,198 @@
-"""From a raw row to an `Example`: a prompt, its answers, and the comparisons between them.
+"""The format of a data set: its layout, the column of each role, and the options that decide its tokens.
 
-The layout of the data is found from the names of its columns; a new layout is one entry of `DATA_LAYOUTS`. Layout and
-types give the format, which is in the log and in data_report.json; docs/data.md lists the formats. Optional columns:
-those of `rm.data.columns`, score_chosen and score_rejected, id, subset; of conversations also tools and
+The layout is found from the names of the columns; options such as `prompt_column` win over that. Layout and types give
+the format, which is in the log and in data_report.json; docs/data.md lists the layouts. Optional columns: those of
+`rm.data.columns`, score_chosen and score_rejected, system, id, subset; of conversations also tools and
 chat_template_kwargs.
 """
 
-import contextlib
-import itertools
-import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from rm.config.errors import InputError
-from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS, Column, columns_to_read
+from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS, columns_to_read
+from rm.data.example import (
+    SIDES,
+    Encoding,
+    Example,
+    RowError,
+    describe,
+    expect,
+    label_of,
+    number_of,
+    template_variables,
+)
+from rm.data.layouts import DATA_LAYOUTS, LABELS, read_pair
 from rm.data.load import Source
+from rm.data.prompt import INSTRUCTION, PROMPTS, Row, field_of, find_prompt, is_text, text_columns
+from rm.data.tokenize import begins_rendered
 
 logger = logging.getLogger(__name__)
 
-SIDES = ("chosen", "rejected")
-TOKEN_COLUMNS = {  # ids of chosen and rejected -> their attention masks
-    ("input_ids_chosen", "input_ids_rejected"): ("attention_mask_chosen", "attention_mask_rejected"),
-    ("chosen_ids", "rejected_ids"): ("chosen_mask", "rejected_mask"),
-    ("chosen_input_ids", "rejected_input_ids"): ("chosen_attention_mask", "rejected_attention_mask"),
+SAMPLE = 50  # first rows, which show whether the prompt is missing or repeated
+ROLES = ("prompt", "system", "chosen", "rejected", "responses", "scores", "ranks", "preference")  # options: ROLE_column
+OTHERS = ("id", "subset", "tools", "chat_template_kwargs")  # columns that every layout may have
+UNPAIRED = [("completion", "label"), ("response", "label"), ("messages", "label"), ("response", "helpfulness")]
+IMAGES = ("image", "images", "video", "videos", "audio", "audios")
+WORDS = {  # in names of columns
+    "chosen": ("chosen", "prefer", "better", "good", "win", "accept", "positive"),
+    "rejected": ("reject", "dispref", "worse", "bad", "los", "negative"),
 }
-LARGEST = float(np.finfo(np.float32).max)
-TYPES = {type(None): "missing (null)", bool: "true or false", int: "a number", float: "a number"}
-TYPES |= {str: "text", list: "a list", dict: "an object"}
 
 
-class RowError(ValueError):
-    """A row that cannot be used: what is wrong, in one line."""
+# ---------------------------------------------------------------- layout
 
 
-@dataclass(slots=True)
-class Example:
-    """A prompt with N answers and C comparisons.
+def find_layout(source: str, row: Row, config: Any) -> tuple[str, dict[str, str]]:
+    """(layout, {role: data column}) of the data set `source`, by its first row and the mapping options.
 
-    kind: "text", "conversation" or "tokens". prompt: text or messages; None where each answer contains it.
-    answers: N texts, lists of messages, or token ids. names: N keys, for error messages. comparisons: C pairs
-    (chosen, rejected) of answer indices. columns: C values of each comparison column, N of each answer column.
-    variables: keyword arguments of the chat template. id, subset: None where the data have none.
+    Raises:
+        InputError: data of another kind, no layout, or several.
     """
-
-    kind: str
-    prompt: Any
-    answers: list
-    names: Sequence[str] = SIDES
-    variables: dict[str, Any] = field(default_factory=dict)
-    comparisons: list[tuple[int, int]] = field(default_factory=list)
-    columns: dict[str, list[float]] = field(default_factory=dict)
-    id: str | None = None
-    subset: str | None = None
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Everything that decides a row's tokens and numbers, besides the row and the tokenizer."""
-
-    format: str = ""
-    data_layout: str = ""  # key of `DATA_LAYOUTS`
-    numbers: dict[str, str] = field(default_factory=dict)  # comparison column -> data column
-    answer_numbers: dict[str, list[str]] = field(default_factory=dict)  # answer column -> a data column per answer
-    add_eos: bool = True
-    text_as_conversation: bool = False
-    margin_from_scores: bool = False
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    max_length: int | None = None
-    overlength: str = "drop"
-    vocab_size: int = 0
-
-    @property
-    def kind(self) -> str:
-        return "tokens" if self.format == "tokenized" else self.format.split("_")[0]
-
-
-# ---------------------------------------------------------------- layouts
-
-
-@dataclass(frozen=True)
-class DataLayout:
-    """Data whose `columns` all exist are read by `read`: a function of a raw row and the `Encoding`. Raises `RowError`.
-
-    A layout of pairs needs no comparisons: the first answer is the chosen one. optional: other columns that are read.
-    """
-
-    columns: tuple[str, ...]
-    read: Callable[[dict[str, Any], "Encoding"], Example]
-    optional: tuple[str, ...] = ()
+    given = {role: column for role in ROLES if (column := getattr(config, f"{role}_column"))}
+    if any(row.get(name) for name in IMAGES):
+        fix = "docs/data.md shows how to leave out such rows"
+        raise InputError(f"{source}: images, audio or video: only text is read; {fix}")
+    found: list[tuple[int, str, dict[str, str]]] = []  # (columns that differ from the known ones, layout, roles)
+    for name, layout in DATA_LAYOUTS.items():
+        roles = dict(layout.columns)
+        for role in given.keys() & (layout.columns | layout.optional).keys():
+            nested = f"{layout.columns.get(role, '').rpartition('.')[0]}.{given[role]}"  # beside the known one
+            roles[role] = nested if has_field(row, nested) else given[role]
+        fits = given.keys() - {"prompt", "system"} <= roles.keys() and all(has_field(row, c) for c in roles.values())
+        if fits and (name != "ranked_output" or "responses" not in given and type(row["output"]) is list):
+            found.append((sum(layout.columns.get(role) != c for role, c in roles.items()), name, roles))
+    if not found:
+        raise InputError(f"{source}: {_other_kind(row) or _unknown_layout(row, given)}")
+    matches = {}  # by the columns of the answers
+    for changes, name, roles in found:
+        if changes == min(found)[0]:
+            answers = [column for role, column in roles.items() if role not in (*LABELS, "prompt", "preference")]
+            matches.setdefault(str(answers), (name, roles))
+    if len(matches) > 1:
+        options = [[f"{r}_column={c}" for r, c in roles.items() if r in ROLES[2:]] for _, roles in matches.values()]
+        fix = " or ".join(" ".join(choice) for choice in options if choice)
+        names = ", ".join(name for name, _ in matches.values())
+        raise InputError(f"{source}: the columns match several layouts ({names}); set {fix}")
+    name, roles = next(iter(matches.values()))
+    system = next((c for c in ("system", "system_prompt") if c in row and c not in roles.values()), None)
+    more = {r: c for r, c in DATA_LAYOUTS[name].optional.items() if c in row} | ({"system": system} if system else {})
+    roles = more | roles | {role: given[role] for role in ("prompt", "system") if role in given}
+    for role in given:
+        if not has_field(row, roles[role]):
+            raise InputError(f"{source}: {_no_column(f'{role}_column={roles[role]}', row)}")
+    if config.prompt_column == "":
+        roles.pop("prompt", None)
+    return name, roles
 
 
-def read_pair(row: dict[str, Any], encoding: Encoding) -> Example:
-    expect(row.get("prompt", ""), (str, list), "'prompt'", "text or messages")
-    answers, comparisons = {side: row[side] for side in SIDES}, []
-    if all(type(row[side]) is list and row[side] and all(type(x) is str for x in row[side]) for side in SIDES):
-        answers = {f"{side}[{i}]": text for side in SIDES for i, text in enumerate(row[side])}
-        right = range(len(row["chosen"]))  # each right answer is compared with each wrong one
-        comparisons = list(itertools.product(right, range(len(right), len(answers))))
-    example = make_example(row.get("prompt"), answers, encoding.text_as_conversation)
-    return replace(example, comparisons=comparisons)
+def has_field(row: Row, path: str) -> bool:
+    try:
+        field_of(row, path)
+    except RowError:
+        return False
+    return True
 
 
-def read_tokens(row: dict[str, Any], encoding: Encoding, names: Sequence[str], masks: Sequence[str]) -> Example:
-    ids = []
-    for name, mask in zip(names, masks, strict=True):
-        mask_values = (row[mask] or []) if mask in row else None
-        ids.append(stored_ids(row[name], mask_values, name, encoding.vocab_size))
-    return Example("tokens", None, ids, names)
+def _other_kind(row: Row) -> str | None:
+    """What data of no layout are, if it is known."""
+    if any(row.keys() >= set(names) for names in UNPAIRED):
+        return "unpaired labels (KTO): each row has one answer; docs/data.md shows how to make pairs of them"
+    talk = row.get("conversations") or row.get("messages")
+    last = talk[-1] if type(talk) is list and type(talk[-1]) is dict else {}
+    if last.get("content", last.get("value")) in ("A", "B", "[[A]]", "[[B]]"):
+        return "judge prompts: both answers are in one prompt; docs/data.md shows how to separate them"
+    return None
 
 
-DATA_LAYOUTS = {  # name -> layout; the first one whose columns exist is used
-    **{
-        names[0]: DataLayout(names, partial(read_tokens, names=names, masks=masks), optional=masks)
-        for names, masks in TOKEN_COLUMNS.items()
-    },
-    "pair": DataLayout(SIDES, read_pair, optional=("prompt",)),
-}
+def _no_column(option: str, row: Row) -> str:
+    return f"{option}: there is no such column; there are {', '.join(sorted(row))}"
+
+
+def _unknown_layout(row: Row, given: dict[str, str]) -> str:
+    """The columns with their types, and the options to map them."""
+    for role, column in given.items():
+        if not any(has_field(row, name) for name in (column, *(f"{top}.{column}" for top in row))):
+            return _no_column(f"{role}_column={column}", row)
+    texts = text_columns(row)
+    lists = {c: type(value[0]) for c, value in row.items() if type(value) is list and value and c not in texts}
+    scores = next((column for column, kind in lists.items() if kind in (int, float)), None)
+    answers = next((column for column in lists if lists[column] in (str, list, dict)), None)
+    guess = {"responses": answers, "scores": scores}
+    if not (answers and scores):
+        sides = {side: [c for c in texts if any(word in c.lower() for word in WORDS[side])] for side in SIDES}
+        guess = {side: columns[0] if columns else "..." for side, columns in sides.items()}
+    texts = [column for column in texts if column not in guess.values()]
+    guess["prompt"] = next((column for column in (*PROMPTS, *texts) if column in texts), "...")
+    options = " ".join(f"{role}_column={column}" for role, column in guess.items())
+    types = {c: "messages" if is_text(v) and type(v) is not str else describe(v) for c, v in row.items()}
+    columns = ", ".join(f"{column} ({kind})" for column, kind in types.items())
+    return f"unknown layout; its columns are {columns}; map them with options, perhaps {options}"
 
 
 def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversation: bool) -> Encoding:
-    """The format of a data set by its columns and the types in its first row, and the options that decide its tokens.
+    """The format of a data set by its columns and its first rows, and the options that decide its tokens.
 
     Raises:
-        InputError: unknown columns, or a wrong first row.
+        InputError: unknown columns, options that do not fit the data, or a wrong first row.
     """
-    features = source.dataset.features
-    layout = next((name for name, known in DATA_LAYOUTS.items() if features.keys() >= set(known.columns)), None)
-    if layout is None:
-        raise InputError(
-            f"{source.name}: needs the columns 'chosen' and 'rejected' (text or messages), or 'input_ids_chosen' and "
-            f"'input_ids_rejected'; its columns are {', '.join(features)}"
-        )
+    dataset = source.dataset.with_format(None)
+    try:
+        first = dataset[0]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source.row_name(0)}: {error}") from None
+    layout, roles = find_layout(source.name, first, config)
     pairs = {name: [f"{name}_{side}" for side in SIDES] for name in ANSWER_COLUMNS}
     encoding = Encoding(
         data_layout=layout,
-        numbers=columns_to_read(features, config, source.name),
-        answer_numbers={name: columns for name, columns in pairs.items() if features.keys() >= set(columns)},
+        roles=roles,
+        numbers=columns_to_read(first, config, source.name),
+        answer_numbers={name: columns for name, columns in pairs.items() if first.keys() >= set(columns)},
         add_eos=config.add_eos,
         margin_from_scores=config.margin_from_scores,
+        equal_scores=config.equal_scores,
+        group_by_prompt=config.group_by_prompt,
+        max_answers=config.max_answers,
         chat_template_kwargs=config.chat_template_kwargs or {},
         max_length=config.max_length,
         overlength=config.overlength,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
     )
-    try:
-        read = [name for name in (*DATA_LAYOUTS[layout].columns, *DATA_LAYOUTS[layout].optional) if name in features]
-        example = DATA_LAYOUTS[layout].read(source.dataset.select_columns(read).with_format(None)[0], encoding)
-    except (RowError, UnicodeDecodeError) as error:
-        raise InputError(f"{source.row_name(0)}: {error}") from None
-    if example.comparisons:
+    rows, examples = read_sample(source, encoding)
+    if "prompt" not in roles and config.prompt_column is None and examples[0].kind != "tokens":
+        used = {*roles.values(), *encoding.numbers.values(), *OTHERS}
+        encoding.roles.update(find_prompt(source.name, rows, examples, used))
+    if encoding.roles.get("prompt") == "instruction":
+        encoding.roles.update({name: name for name in INSTRUCTION if name in first and name not in roles.values()})
+    rows, examples = read_sample(source, encoding)
+    if examples[0].kind == "text":
+        _, others = read_sample(source, replace(encoding, repeats_prompt=True))
+        differ = [one.answers != other.answers for one, other in zip(examples, others, strict=True)]
+        encoding = replace(encoding, repeats_prompt=sum(differ) > len(differ) / 2)
+    _log_columns(source.name, first, encoding)
+    example = examples[0]
+    is_pair = example.comparisons is None
+    if not is_pair:
         encoding = replace(encoding, answer_numbers={})
-        if config.margin_from_scores:
-            raise InputError(f"{source.name}: margin_from_scores is for pairs, and rows have several answers")
+    if config.margin_from_scores and "score" not in {*example.columns, *encoding.answer_numbers}:
+        needs = "needs the columns score_chosen and score_rejected (or scores), and no column of margins"
+        raise InputError(f"{source.name}: margin_from_scores {needs}; there are {', '.join(sorted(first))}")
+    if config.group_by_prompt and is_pair and example.kind == "tokens":
+        fix = "give groups: input_ids as a list for each answer, with comparisons"
+        raise InputError(f"{source.name}: group_by_prompt: token ids do not tell where the prompt ends; {fix}")
     name = layout
-    if layout == "pair":
+    if DATA_LAYOUTS[layout].read is read_pair:
         without_lists = "implicit_prompt" if example.prompt is None else "explicit_prompt"
-        name = "lists" if example.comparisons else without_lists
+        name = without_lists if is_pair else "lists"
     encoding = replace(encoding, format="tokenized" if example.kind == "tokens" else f"{example.kind}_{name}")
     if text_as_conversation and example.kind == "text" and example.prompt is not None:
         encoding = replace(encoding, format="conversation_from_text", text_as_conversation=True)
+        if tokenizer.chat_template and begins_rendered(example.prompt, tokenizer):
+            logger.warning("%s: prompts are rendered twice; text_as_conversation=false keeps them text", source.name)
+    elif tokenizer.chat_template and example.prompt and encoding.kind == "text" and config.text_as_conversation is None:
+        if not begins_rendered(example.prompt, tokenizer):
+            logger.info("%s stays text; text_as_conversation=true would apply the chat template to it", source.name)
     if config.text_as_conversation and encoding.format == "text_implicit_prompt":
         fix = "give the prompts in a column of their own, or set text_as_conversation to false"
         raise InputError(f"{source.name}: text without a column 'prompt' cannot be made a conversation; {fix}")
@@ -176,6 +205,33 @@ def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversat
     return encoding
 
 
+def read_sample(source: Source, encoding: Encoding) -> tuple[list[Row], list[Example]]:
+    """The first rows and their examples, without wrong rows but the first. Raises `InputError` for the first one."""
+    dataset, rows, examples = source.dataset.with_format(None), [], []
+    for i in range(min(SAMPLE, len(dataset))):
+        try:
+            examples.append(DATA_LAYOUTS[encoding.data_layout].read(row := dataset[i], encoding))
+            rows.append(row)
+        except (RowError, UnicodeDecodeError) as error:
+            if i == 0:
+                raise InputError(f"{source.row_name(0)}: {error}") from None
+    return rows, examples
+
+
+def _log_columns(name: str, row: Row, encoding: Encoding) -> None:
+    """Log the layout, what each column became, and the text that is not read."""
+    roles = ", ".join(f"{column} is {role}" for role, column in encoding.roles.items())
+    logger.info("%s: layout %s: %s", name, encoding.data_layout, roles)
+    used = {*encoding.roles.values(), *encoding.numbers.values(), *OTHERS}
+    unread = text_columns(row, used)
+    for parent in dict.fromkeys(column.rpartition(".")[0] for column in used if "." in column and column not in row):
+        entries = field_of(row, parent)
+        fields = (entries[:1] or [{}])[0] if type(entries) is list else entries
+        unread += [c for key, value in fields.items() if is_text(value) and (c := f"{parent}.{key}") not in used]
+    if unread := [c for c in unread if not any(column.startswith(f"{c}.") for column in used)]:
+        logger.info("%s: text that is not read: %s", name, ", ".join(unread))
+
+
 # ---------------------------------------------------------------- one row
 
 
@@ -186,24 +242,25 @@ def read_row(row: dict[str, Any], encoding: Encoding) -> Example:
         raise RowError(f"{example.names[0]!r} is {example.kind}, expected {encoding.kind}, as in the other rows")
     if example.kind == "conversation":
         example.variables = template_variables(row, encoding.chat_template_kwargs)
-    example.comparisons = list(example.comparisons or [(0, 1)])
+    example.comparisons = [(0, 1)] if example.comparisons is None else list(example.comparisons)
     add_numbers(row, example, encoding)
-    example.id, example.subset = _label(row, "id"), _label(row, "subset")
+    example.id, example.subset = label_of(row, "id"), label_of(row, "subset")
     return example
 
 
 def add_numbers(row: dict[str, Any], example: Example, encoding: Encoding) -> None:
     """Read the numeric columns; a comparison with p_chosen below 0.5 is swapped. Raises `RowError`."""
     for name, column in encoding.numbers.items():
-        value = _number(row[column], column, COMPARISON_COLUMNS[name])
-        example.columns[name] = [value] * len(example.comparisons)
+        if name not in example.columns:  # given for each comparison
+            value = number_of(field_of(row, column), column, COMPARISON_COLUMNS[name])
+            example.columns[name] = [value] * len(example.comparisons)
     for name, columns in encoding.answer_numbers.items():
         default = ANSWER_COLUMNS[name].default
-        values = [default if row[c] is None else _number(row[c], c, ANSWER_COLUMNS[name]) for c in columns]
+        values = [default if row[c] is None else number_of(row[c], c, ANSWER_COLUMNS[name]) for c in columns]
         example.columns[name] = values
     if encoding.margin_from_scores:
         score = example.columns["score"]
-        for column in encoding.answer_numbers["score"]:
+        for column in encoding.answer_numbers.get("score", ()):
             expect(row[column], (int, float), repr(column), "a number")
         example.columns["margin"] = [score[chosen] - score[rejected] for chosen, rejected in example.comparisons]
     for c, p_chosen in enumerate(example.columns.get("p_chosen", ())):
@@ -213,104 +270,3 @@ def add_numbers(row: dict[str, Any], example: Example, encoding: Encoding) -> No
             for name in example.columns.keys() & COMPARISON_COLUMNS.keys():
                 if COMPARISON_COLUMNS[name].is_signed:
                     example.columns[name][c] *= -1
-
-
-def make_example(prompt: Any, answers: dict[str, Any], text_as_conversation: bool = False) -> Example:
-    """The example of a prompt (text, messages, None) and its answers {name: text, messages or one message}.
-
-    Answers of text to a prompt of messages are messages of the assistant. With `text_as_conversation` a prompt of text
-    is a message of the user. A prompt of text beside whole conversations must be one of their messages. The names are
-    for error messages. Raises `RowError`.
-    """
-    expect(prompt, (str, list, type(None)), "'prompt'", "text or messages")
-    for name, answer in answers.items():
-        expect(answer, (str, list, dict), repr(name), "text or messages")
-    texts = [name for name, answer in answers.items() if type(answer) is str]
-    others = [name for name in answers if name not in texts]
-    if text_as_conversation and type(prompt) is str and not others:
-        prompt = [{"role": "user", "content": prompt}]
-    if type(prompt) is not list and not others:
-        return Example("text", prompt, list(answers.values()), list(answers))
-    if type(prompt) is list:
-        prompt = check_messages(prompt, "prompt")
-    elif texts:
-        raise RowError(f"{texts[0]!r} is text, {others[0]!r} is messages; they must be alike")
-    conversations = []
-    for name, answer in answers.items():
-        messages = [{"role": "assistant", "content": answer}] if type(answer) is str else answer
-        messages = check_messages([messages] if type(messages) is dict else messages, name)
-        if type(prompt) is str and not any(message.get("content") == prompt for message in messages[:-1]):
-            fix = 'give it as [{"role": "user", "content": ...}]'
-            raise RowError(f"'prompt' is text, but not a message of {name!r}; {fix}")
-        conversations.append(messages)
-    return Example("conversation", prompt if type(prompt) is list else None, conversations, list(answers))
-
-
-def check_messages(messages: list, name: str) -> list[dict]:
-    """The messages without keys that are None. Raises `RowError` unless each has a role and a content."""
-    if not messages:
-        raise RowError(f"{name!r} is an empty list, expected one message or more")
-    for i, message in enumerate(messages):
-        expect(message, (dict,), f"{name}[{i}]", "a message with role and content")
-        expect(message.get("role"), (str,), f"{name}[{i}]['role']", "text")
-        if message.get("content") is not None or not message.get("tool_calls"):
-            expect(message.get("content"), (str, list), f"{name}[{i}]['content']", "text")
-    return without_none(messages)
-
-
-def template_variables(row: dict[str, Any], chat_template_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a row's rendering: its tools, the run's variables, and its own. Raises `RowError`."""
-    own = {}
-    for name, kind, expected in (("tools", list, "a list"), ("chat_template_kwargs", dict, "an object")):
-        value = row.get(name)
-        if type(value) is str:
-            with contextlib.suppress(ValueError):
-                value = json.loads(value)
-        expect(value, (kind, type(None)), repr(name), expected)
-        own[name] = without_none(value)
-    return {"tools": own["tools"] or None, **chat_template_kwargs, **(own["chat_template_kwargs"] or {})}
-
-
-def _label(row: dict[str, Any], column: str) -> str | None:
-    if column not in row:
-        return None
-    expect(row[column], (str, int), repr(column), "text or a whole number")
-    text = str(row[column])
-    return text if text.strip() else "(empty)"
-
-
-def _number(value: Any, name: str, column: Column) -> float:
-    expect(value, (int, float), repr(name), "a number")
-    if not (abs(value) <= LARGEST and column.low <= value <= column.high):
-        raise RowError(f"{name!r} is {float(value)}, expected a finite number from {column.low:g} to {column.high:g}")
-    return float(value)
-
-
-def stored_ids(ids: Any, mask: Any, name: str, vocab_size: int) -> np.ndarray:
-    """Token ids (int32) without the positions that the attention mask marks as padding. Raises `RowError`."""
-    if type(ids) is not list or not set(map(type, ids)) <= {int}:
-        raise RowError(f"{name!r} is not a list of whole numbers")
-    if mask is not None and (type(mask) is not list or len(mask) != len(ids) or not set(mask) <= {0, 1}):
-        raise RowError(f"{name!r} needs an attention mask of as many 0s and 1s as it has tokens")
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise RowError(f"{name!r} has token ids from {min(ids)} to {max(ids)}, the tokenizer 0 to {vocab_size - 1}")
-    values = np.array(ids, np.int32)
-    return values if mask is None else values[np.array(mask, bool)]
-
-
-def expect(value: Any, types: tuple[type, ...], name: str, expected: str) -> None:
-    """Raise `RowError` unless the value has one of the types."""
-    if type(value) not in types:
-        raise RowError(f"{name} is {describe(value)}, expected {expected}")
-
-
-def describe(value: Any) -> str:
-    """What a person would call the type of a JSON value."""
-    return TYPES.get(type(value), f"a {type(value).__name__}")
-
-
-def without_none(value: Any) -> Any:
-    """Without the keys that are None: `datasets` adds the keys of other rows, and a template would print them."""
-    if type(value) is dict:
-        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
-    return [without_none(inner) for inner in value] if type(value) is list else value

@@ -22,11 +22,11 @@ import xxhash
 from datasets import Dataset, DatasetDict
 
 from rm.config.errors import InputError
-from rm.data.toy import toy_dataset
+from rm.data.toy import LABELS, toy_dataset
 
 logger = logging.getLogger(__name__)
 
-TOY_PAIRS = {"train": 8000, "test": 1000}
+TOY_ROWS = {"train": 8000, "test": 1000}
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # their errors are reported here
@@ -80,7 +80,7 @@ def load_source(
     seed: int = 0,
     accept_only_split: bool = False,
 ) -> Source:
-    """One split of a hub data set, a local file or folder, a `save_to_disk` folder, or the embedded "toy" data.
+    """One split of a hub data set, a local file or folder, a `save_to_disk` folder, or the embedded data.
 
     Args:
         max_samples: use the first N rows (None: all); of the toy data N are drawn from `seed`.
@@ -96,9 +96,12 @@ def load_source(
     if path.is_file() and _extension(path) not in BUILDERS:
         raise InputError(f"{name}: unknown extension; use {', '.join(BUILDERS)}, also with .gz")
     try:
-        if name == "toy":
-            split = _choose_split(name, split, TOY_PAIRS, accept_only_split)
-            dataset = toy_dataset(split, max_samples or TOY_PAIRS[split], seed)
+        if name in ("toy", "toy_groups"):
+            split = _choose_split(name, split, TOY_ROWS, accept_only_split)
+            labels = (dataset_config or LABELS[0]) if name == "toy_groups" else dataset_config
+            if labels and (name == "toy" or labels not in LABELS):
+                raise InputError(f"{name}: there is no dataset_config {labels!r}; toy_groups has {', '.join(LABELS)}")
+            dataset = toy_dataset(split, max_samples or TOY_ROWS[split], seed, labels)
             content = dataset._fingerprint
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(_plain_path(path)))
@@ -148,6 +151,12 @@ def _prepared(place: Path | str, config: str | None) -> tuple[datasets.DatasetBu
         if path == "csv":  # as they are: pandas would read "NA" as null and "007" as 7
             options["converters"] = dict.fromkeys(("prompt", "chosen", "rejected", "id", "subset"), str)
             options["keep_default_na"] = False
+            with gzip.open(place) if place.suffix == ".gz" else open(place, "rb") as stream:
+                header = stream.readline()
+            separator = "semicolons" if b";" in header else "tabs" if b"\t" in header else None
+            if separator and b"," not in header:
+                fix = "separate them by commas: pandas.read_csv(file, sep=None).to_csv(file, index=False)"
+                raise InputError(f"{place}: the columns are separated by {separator}; {fix}")
     builder = datasets.load_dataset_builder(path, config, **options)
     if isinstance(place, Path):
         splits = [[str(split), *map(_hash_file, files)] for split, files in builder.config.data_files.items()]

@@ -4,15 +4,18 @@ import logging
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from datasets import Dataset
 
 from rm.config.errors import InputError
 from rm.data.audit import fingerprint, is_in_train
 from rm.data.cache import tokenize_source
-from rm.data.dataset import PreferenceData, arrays_of, concatenate
+from rm.data.dataset import PreferenceData, arrays_of, concatenate, flat
 from rm.data.load import BUILDERS, Source, load_source
 
 logger = logging.getLogger(__name__)
@@ -27,9 +30,9 @@ def load_data(tokenizer: Any, config: Any) -> tuple[PreferenceData, PreferenceDa
     """
     train = _sources(config, "train")
     test = _sources(config, "test", accept_only_split=config.eval_dataset_name is not None)
-    mixture = _mix(_tokenize(train, tokenizer, config, False), config)
+    mixture = _mix(_tokenize(train, "train", tokenizer, config, False), config)
     as_conversation = all(part.encoding.kind == "conversation" for part in mixture.sets.values())
-    evaluation = concatenate(_tokenize(test, tokenizer, config, as_conversation))
+    evaluation = concatenate(_tokenize(test, "test", tokenizer, config, as_conversation))
     if config.text_as_conversation is None and any(p.encoding.text_as_conversation for p in evaluation.sets.values()):
         fix = "text_as_conversation=false keeps it text"
         logger.info("evaluation data of text is made conversations, as the training data is; %s", fix)
@@ -40,7 +43,7 @@ def load_data(tokenizer: Any, config: Any) -> tuple[PreferenceData, PreferenceDa
 def load_evaluation_data(tokenizer: Any, config: Any, text_as_conversation: bool) -> PreferenceData:
     """The evaluation data alone, for a saved model. A data set's only split is always used. Raises `InputError`."""
     sources = _sources(config, "test", accept_only_split=True)
-    return concatenate(_tokenize(sources, tokenizer, config, text_as_conversation))
+    return concatenate(_tokenize(sources, "test", tokenizer, config, text_as_conversation))
 
 
 def _sources(config: Any, part: str, accept_only_split: bool = False) -> dict[str, Source]:
@@ -51,30 +54,38 @@ def _sources(config: Any, part: str, accept_only_split: bool = False) -> dict[st
     is_held_out = config.eval_fraction is not None
     split = config.dataset_train_split if part == "train" or is_held_out else config.dataset_test_split
     max_samples = config.max_train_samples if part == "train" else config.max_eval_samples
-    first = None if is_held_out else max_samples
+    first = None if is_held_out or config.group_by_prompt else max_samples  # else `_select` takes the first prompts
     options = {"split": split, "seed": config.seed, "max_samples": first, "accept_only_split": accept_only_split}
-    sources = {}
-    for name, (place, dataset_config) in named.items():
-        source = load_source(place, dataset_config=dataset_config, **options)
-        sources[name] = _hold_out(source, part, config).first(max_samples) if is_held_out else source
-    return sources
+    return {n: load_source(place, dataset_config=name, **options) for n, (place, name) in named.items()}
 
 
-def _hold_out(source: Source, part: str, config: Any) -> Source:
-    """A random `eval_fraction` of the rows ("test"), or the rest ("train"), in the order of the data set."""
-    num_rows, fraction = len(source.dataset), config.eval_fraction
-    num_test = max(1, round(fraction * num_rows))
-    if num_test >= num_rows:
-        raise InputError(f"{source.name}: eval_fraction={fraction} of {num_rows} rows leaves none to train on")
-    order = np.random.default_rng(config.seed).permutation(num_rows)
-    return source.select(np.sort(order[:num_test] if part == "test" else order[num_test:]))
-
-
-def _tokenize(sources: dict[str, Source], tokenizer: Any, config: Any, as_conversation: bool) -> dict:
+def _tokenize(sources: dict[str, Source], part: str, tokenizer: Any, config: Any, as_conversation: bool) -> dict:
     """{name: `PreferenceData`} of each set; the option `text_as_conversation` overrides `as_conversation`."""
     if config.text_as_conversation is not None:
         as_conversation = config.text_as_conversation
-    return {n: tokenize_source(source, n, tokenizer, config, as_conversation) for n, source in sources.items()}
+    parts = {}
+    for name, source in sources.items():
+        select = partial(_select, part=part, config=config, name=source.name)
+        parts[name] = tokenize_source(source, name, tokenizer, config, as_conversation, select)
+    return parts
+
+
+def _select(table: Dataset, part: str, config: Any, name: str) -> Dataset:
+    """The prompts of the part "train" or "test": without those that are held out for the other one, the first ones.
+
+    Prompts are held out whole: a random `eval_fraction` of the different prompts, with all their rows.
+    """
+    rows, fraction = np.arange(len(table)), config.eval_fraction
+    if fraction is not None:
+        prompt = flat(table, "prompt")
+        prompts = pd.unique(prompt)  # in the order of the data
+        num_test = max(1, round(fraction * len(prompts)))
+        if num_test >= len(prompts):
+            raise InputError(f"{name}: eval_fraction={fraction} of {len(prompts)} prompts leaves none to train on")
+        order = np.random.default_rng(config.seed).permutation(len(prompts))
+        rows = np.flatnonzero(np.isin(prompt, prompts[order[:num_test]]) == (part == "test"))
+    max_samples = config.max_train_samples if part == "train" else config.max_eval_samples
+    return table.select(rows[: max_samples or len(rows)])
 
 
 def _mix(parts: dict[str, PreferenceData], config: Any) -> PreferenceData:
@@ -116,15 +127,18 @@ def draw(num_prompts: int, weight: float, seed: list[int]) -> np.ndarray:
 def _count_in_train(train: PreferenceData, test: PreferenceData) -> None:
     """Count `in_train` of every evaluation set, and warn."""
     found = is_in_train(arrays_of(train.dataset), arrays_of(test.dataset))
+    prompts = pd.Series(flat(test.dataset, "prompt")).isin(flat(train.dataset, "prompt"))
     counts = found.groupby(test.set_names[test.comparisons["index"]]).sum()
+    prompt_counts = prompts.groupby(test.set_names).sum()
     for name, part in test.sets.items():
         part.audit["in_train"] = count = int(counts[name])
+        part.audit["prompt_in_train"] = int(prompt_counts[name])
         if count:
             logger.warning(
                 "%s: %d of the %d test pairs are in the train set too; their accuracy says nothing about new data",
                 *(part.source.name, count, part.audit["kept"]),
             )
-    test.audit["in_train"] = int(found.sum())
+    test.audit.update(in_train=int(found.sum()), prompt_in_train=int(prompts.sum()))
 
 
 # ---------------------------------------------------------------- names

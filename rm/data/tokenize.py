@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from rm.data.formats import Encoding, Example, RowError
+from rm.data.example import Encoding, Example, RowError, content_text, without_parts
 from rm.data.load import one_line
 
 
@@ -36,8 +37,9 @@ def encode_examples(
 ) -> list[list[np.ndarray] | RowError]:
     """The N token sequences (int32) of each example, or what is wrong with it. No limit of length is applied.
 
-    Text is prompt + answer as one string with the tokenizer's special tokens, then EOS (`add_eos`). A conversation is
-    rendered as a whole by the chat template, which writes its own special tokens. Token ids are taken as they are.
+    Text is prompt + answer as one string with the tokenizer's special tokens, then EOS (`add_eos`); none of them twice.
+    A conversation is rendered as a whole by the chat template, which writes its own special tokens; text that the
+    template has already rendered gets the same tokens. Token ids are taken as they are.
     """
     good = [example for example in examples if isinstance(example, Example)]
     try:
@@ -51,10 +53,11 @@ def encode_examples(
 
 def _encode(examples: list[Example], tokenizer: Any, encoding: Encoding) -> list[list[np.ndarray]]:
     found = [example.answers for example in examples]
-    for kind in {example.kind for example in examples} - {"tokens"}:
-        places = [i for i, example in enumerate(examples) if example.kind == kind]
-        texts = [text for i in places for text in render(examples[i], tokenizer)]
-        ids = iter(_token_ids(texts, tokenizer, kind == "text", kind == "text" and encoding.add_eos))
+    texts = {i: render(example, tokenizer) for i, example in enumerate(examples) if example.kind != "tokens"}
+    for is_rendered in (False, True):
+        places = [i for i, (_, rendered) in texts.items() if rendered == is_rendered]
+        every = [text for i in places for text in texts[i][0]]
+        ids = iter(_token_ids(every, tokenizer, not is_rendered, encoding.add_eos and not is_rendered) if every else [])
         for i in places:
             found[i] = [next(ids) for _ in found[i]]
     return found
@@ -65,8 +68,8 @@ def _token_ids(texts: list[str], tokenizer: Any, add_special_tokens: bool, add_e
     if add_eos and tokenizer.eos_token_id is None:
         raise RowError("the tokenizer has no EOS token to append to text; set add_eos to false")
     try:
+        added = tokenizer("")["input_ids"]  # also resets padding and truncation, which an earlier call may have set
         if hasattr(tokenizer, "backend_tokenizer"):  # without the offsets, which take a third of the time
-            tokenizer("")  # resets padding and truncation, which an earlier call may have set
             encode = tokenizer.backend_tokenizer.encode_batch_fast
             found = [encoding.ids for encoding in encode(texts, add_special_tokens=add_special_tokens)]
         else:
@@ -74,33 +77,77 @@ def _token_ids(texts: list[str], tokenizer: Any, add_special_tokens: bool, add_e
     except Exception as error:  # half of a surrogate pair, for example
         raise RowError(f"the tokenizer cannot read the text: {one_line(error)}") from None
     end = [tokenizer.eos_token_id]
+    found = [_without_second(ids, added) for ids in found] if add_special_tokens and added else found
     return [np.array(ids + end if add_eos and ids and ids[-1:] != end else ids, np.int32) for ids in found]
 
 
-def render(example: Example, tokenizer: Any) -> list[str]:
-    """The N texts that are tokenized of an example (kind "text" or "conversation"), prompt included.
+def _without_second(ids: list[int], added: list[int]) -> list[int]:
+    """The token ids without the first or last one where the tokenizer has `added` it to a text that had it."""
+    ids = ids[1:] if ids[:2] == [added[0]] * 2 else ids
+    return ids[:-1] if ids[-2:] == [added[-1]] * 2 else ids
+
+
+def render(example: Example, tokenizer: Any) -> tuple[list[str], bool]:
+    """(the N texts that are tokenized of an example of kind "text" or "conversation", prompt included; whether the
+    chat template has written them, with the special tokens).
 
     Raises:
         RowError: the tokenizer has no chat template, or it rejects the messages.
     """
     if example.kind == "text":
-        return [(example.prompt or "") + answer for answer in example.answers]
+        return _find_rendered([(example.prompt or "") + answer for answer in example.answers], tokenizer)
     if not tokenizer.chat_template:
         fix = "set chat_template_path, or give the data as text"
         raise RowError(f"conversations need a chat template, the tokenizer has none; {fix}")
     conversations = [(example.prompt or []) + answer for answer in example.answers]
+    if not read_template(tokenizer, str(tokenizer.chat_template))[3]:
+        conversations = [list(map(without_parts, messages)) for messages in conversations]
     try:
-        return tokenizer.apply_chat_template(conversations, tokenize=False, **example.variables)
+        return tokenizer.apply_chat_template(conversations, tokenize=False, **example.variables), True
     except Exception as error:  # Jinja's errors, and any that a template causes in Python
         raise RowError(f"the chat template rejects the messages: {one_line(error)}") from None
+
+
+def _find_rendered(texts: list[str], tokenizer: Any) -> tuple[list[str], bool]:
+    """(texts, whether they begin and end as the chat template does; then with BOS where it writes BOS)."""
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+    if tokenizer.chat_template:
+        has_bos, _, end, _ = read_template(tokenizer, str(tokenizer.chat_template))
+        if all(begins_rendered(text, tokenizer) and text.rstrip().endswith(end) for text in texts):
+            return [bos * has_bos + text.removeprefix(bos) for text in texts], True
+    return [text.rstrip() if eos and text.rstrip().endswith(eos) else text for text in texts], False
+
+
+def begins_rendered(text: str, tokenizer: Any) -> bool:
+    """Whether a text begins as the tokenizer's chat template does."""
+    starts = read_template(tokenizer, str(tokenizer.chat_template))[1]
+    return text.removeprefix(tokenizer.bos_token or "").lstrip().startswith(starts)
+
+
+@lru_cache(maxsize=8)
+def read_template(tokenizer: Any, template: str) -> tuple[bool, tuple[str, ...], str, bool]:
+    """(whether the tokenizer's `template` writes BOS, how it begins behind it, how it ends, whether it reads parts)."""
+    mark, other, bos = "mark-7261", "other-7261", tokenizer.bos_token or ""
+
+    def rendered(content: Any, *roles: str) -> str:
+        try:
+            return tokenizer.apply_chat_template([{"role": r, "content": content} for r in roles], tokenize=False)
+        except Exception:  # it rejects a role or a list, or cannot be used
+            return ""
+
+    plain, with_system = (rendered(mark, *roles, "user", "assistant") for roles in ([], ["system"]))
+    parts = rendered([{"type": "text", "text": mark, "other": other}], "user", "assistant")
+    begins = [text.removeprefix(bos).partition(mark)[0].strip() for text in (plain, with_system) if mark in text]
+    starts = filter(None, [begin.partition("\n")[0] for begin in begins])  # further lines may hold a date
+    end = plain.rpartition(mark)[2].strip()
+    return plain.startswith(bos), tuple(starts), end, mark in parts and other not in parts
 
 
 def is_blank(answer: Any) -> bool:
     """Whether an answer (text, or messages by their last one) has no content."""
     if isinstance(answer, str):
         return not answer.strip()
-    content = answer[-1].get("content") or ""
-    return not (content.strip() if isinstance(content, str) else content) and not answer[-1].get("tool_calls")
+    return not content_text(answer[-1].get("content")).strip() and not answer[-1].get("tool_calls")
 
 
 def shared_prefix_length(*sequences: np.ndarray) -> int:
@@ -130,6 +177,7 @@ class Usable:
 
     answers: the kept answers, as indices into the example's; comparisons: (chosen, rejected) as indices into the kept
     answers; kept: the kept comparisons, as indices into the example's. dropped: comparisons by reason.
+    noted: 1 for each of `rm.data.audit.NOTED` that holds; a part of an answer is what the answers do not share.
     """
 
     tree: Tree | None
@@ -137,7 +185,7 @@ class Usable:
     comparisons: list[tuple[int, int]]
     kept: list[int]
     dropped: dict[str, int]
-    truncated: bool = False
+    noted: dict[str, int] = field(default_factory=dict)
 
 
 def usable_part(example: Example, sequences: list[np.ndarray], encoding: Encoding, bos: int | None) -> Usable:
@@ -151,10 +199,16 @@ def usable_part(example: Example, sequences: list[np.ndarray], encoding: Encodin
     if example.kind != "tokens":
         is_empty = [is_blank(answer) or empty for answer, empty in zip(example.answers, is_empty, strict=True)]
     is_long = [len(ids) > limit for ids in sequences]
-    truncated = encoding.overlength == "truncate_left" and any(is_long)
-    if truncated:
+    is_talk = example.kind == "conversation"
+    noted = {"ends_with_user": int(is_talk and any(m[-1]["role"] == "user" for m in example.answers))}
+    if encoding.overlength == "truncate_left" and any(is_long):
         present = [n for n in range(len(sequences)) if not is_empty[n]]
-        for n, ids in zip(present, truncate_left([sequences[n] for n in present], int(limit), bos), strict=True):
+        given = [sequences[n] for n in present]
+        cut = truncate_left(given, int(limit), bos)
+        lost = max(len(before) - len(after) for before, after in zip(given, cut, strict=True))
+        spare = shared_prefix_length(*given) - int(cut[0][0] == bos)  # BOS is kept
+        noted["truncated_answer" if lost > spare else "truncated"] = 1
+        for n, ids in zip(present, cut, strict=True):
             sequences[n] = ids
         is_long = [False] * len(sequences)
     first: dict[bytes, int] = {}
@@ -175,4 +229,4 @@ def usable_part(example: Example, sequences: list[np.ndarray], encoding: Encodin
     place = {n: i for i, n in enumerate(answers)}
     compared = [example.comparisons[c] for c in kept]
     pairs = [(place[same[chosen]], place[same[rejected]]) for chosen, rejected in compared]
-    return Usable(make_tree([sequences[n] for n in answers]), answers, pairs, kept, dropped, truncated)
+    return Usable(make_tree([sequences[n] for n in answers]), answers, pairs, kept, dropped, noted)

@@ -4,10 +4,14 @@ Two answers to one prompt are drawn independently from a grammar, and the label 
 true rewards: P(a is better) = sigmoid(reward(a) - reward(b)). The labels are noisy on purpose, so that the best
 possible accuracy is known: E[max(p, 1 - p)], about 0.85 here.
 
+A group has four answers to a prompt: ranked by the Plackett-Luce model of their true rewards (`plackett_luce`), or each
+two of them compared by the Bradley-Terry model (`bradley_terry`).
+
 `configs/tiny_llama` has the word-level tokenizer of this grammar (`configs/tiny_llama/make_tokenizer.py` writes it).
 """
 
 import hashlib
+import itertools
 import math
 import random
 import zlib
@@ -54,6 +58,9 @@ REFUSAL = "sorry, i can not help with that."
 REPETITION = "again,"
 JOINTS = (", then ", ", and ", ". next, ")
 CLOSINGS = ("", "", "", "", "good luck!", "i hope this helps.", "now leave me alone.", "but i may be wrong.")
+
+
+LABELS, NUM_ANSWERS = ("plackett_luce", "bradley_terry"), 4  # of groups
 
 
 def true_reward(prompt_messages: list[dict], answer_text: str) -> float:
@@ -119,13 +126,18 @@ def _message(role: str, *parts: str) -> dict:
     return {"role": role, "content": _join(*parts)}
 
 
-def _draw_pairs(split: str, num_pairs: int, seed: int) -> Iterator[dict]:
+def _draw_prompt_of(rng: random.Random, split: str) -> tuple[str, list[dict], str]:
+    """The last message decides the split: no prompt is in both, whatever the seed."""
+    while True:
+        subset, prompt, task = _draw_prompt(rng)
+        if zlib.crc32(prompt[-1]["content"].encode()) % 2 == (split == "test"):
+            return subset, prompt, task
+
+
+def _draw_pairs(split: str, num_rows: int, seed: int) -> Iterator[dict]:
     rng = random.Random(f"{seed}/{split}")
-    for index in range(num_pairs):
-        while True:  # the last message decides the split: no prompt is in both, whatever the seed
-            subset, prompt, task = _draw_prompt(rng)
-            if zlib.crc32(prompt[-1]["content"].encode()) % 2 == (split == "test"):
-                break
+    for index in range(num_rows):
+        subset, prompt, task = _draw_prompt_of(rng, split)
         answer_a = answer_b = _draw_answer(rng, task)
         while answer_b == answer_a:
             answer_b = _draw_answer(rng, task)
@@ -145,12 +157,41 @@ def _draw_pairs(split: str, num_pairs: int, seed: int) -> Iterator[dict]:
         }
 
 
-def toy_dataset(split: str, num_pairs: int, seed: int = 0) -> Dataset:
-    """`num_pairs` preference pairs of `split` ("train" or "test"), a pure function of the arguments.
+def _draw_groups(split: str, num_rows: int, seed: int, labels: str) -> Iterator[dict]:
+    rng = random.Random(f"{seed}/{split}/{labels}")
+    for index in range(num_rows):
+        subset, prompt, task = _draw_prompt_of(rng, split)
+        answers: list[str] = []
+        while len(answers) < NUM_ANSWERS:
+            answer = _draw_answer(rng, task)
+            answers += [answer] if answer not in answers else []
+        rewards = [true_reward(prompt, answer) for answer in answers]
+        pairs = list(itertools.combinations(range(NUM_ANSWERS), 2))
+        ranks = {}
+        if labels == "plackett_luce":  # the order of reward + Gumbel noise
+            noisy = [reward - math.log(-math.log(rng.random())) for reward in rewards]
+            ranks = {"ranks": [1 + sum(other > mine for other in noisy) for mine in noisy]}
+            compared = [(a, b) if noisy[a] > noisy[b] else (b, a) for a, b in pairs]
+        else:
+            is_first = [rng.random() < 1 / (1 + math.exp(rewards[b] - rewards[a])) for a, b in pairs]
+            compared = [pair if wins else pair[::-1] for pair, wins in zip(pairs, is_first, strict=True)]
+        yield {
+            "id": f"{split}-{index}",
+            "subset": subset,
+            "prompt": prompt,
+            "responses": [[_message("assistant", answer)] for answer in answers],
+            "comparisons": [{"chosen": a, "rejected": b, "true_margin": rewards[a] - rewards[b]} for a, b in compared],
+        } | ranks
 
-    The first N are the same whatever `num_pairs`; the two splits have no prompt in common. Scores and `true_margin`
-    (chosen minus rejected) are in log-odds. The pairs are drawn once into the cache of `datasets`.
+
+def toy_dataset(split: str, num_rows: int, seed: int = 0, labels: str | None = None) -> Dataset:
+    """`num_rows` preference pairs of `split` ("train" or "test"), or groups with labels of one of the models `LABELS`.
+
+    A pure function of the arguments. The first N are the same whatever `num_rows`; the two splits have no prompt in
+    common. Scores and `true_margin` (chosen minus rejected) are in log-odds. The rows are drawn once into the cache of
+    `datasets`.
     """
-    arguments = {"split": split, "num_pairs": num_pairs, "seed": seed}
+    arguments = {"split": split, "num_rows": num_rows, "seed": seed} | ({"labels": labels} if labels else {})
     key = hashlib.sha256(Path(__file__).read_bytes() + str(arguments).encode()).hexdigest()[:32]
-    return Dataset.from_generator(_draw_pairs, gen_kwargs=arguments, split=split, fingerprint=key)
+    draw = _draw_groups if labels else _draw_pairs
+    return Dataset.from_generator(draw, gen_kwargs=arguments, split=split, fingerprint=key)

@@ -3,7 +3,7 @@
 python -m rm.evaluate --model OUT                                   # the evaluation data of the run itself
 python -m rm.evaluate --model OUT --dataset_name pairs.jsonl        # other data; options as in train_rm.py
 python -m rm.evaluate --model OUT --compare OTHER_OUT               # and the difference to another model
-python -m rm.evaluate --model OUT --mistakes 20 --output FOLDER     # the worst pairs; keep table, metrics, intervals
+python -m rm.evaluate --model OUT --mistakes 20 --output FOLDER     # the worst prompts; keep table, metrics, intervals
 """
 
 import json
@@ -22,7 +22,7 @@ from rm.config.section import Section, fields_of, option
 from rm.data.mixture import load_evaluation_data
 from rm.evaluate.evaluator import NUM_MISTAKES, Evaluator, metrics_table
 from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
-from rm.evaluate.table import compare_tables, slices, worst
+from rm.evaluate.table import compare_tables, has_several, slices, worst
 from rm.forward import choose_layout
 from rm.model.load import check_positions, load_saved_model, load_tokenizer
 from rm.model.reward_model import is_half_precision, set_tf32
@@ -45,7 +45,7 @@ class Evaluation(Section):
 
     model: str = option(..., "output folder of a run, or hub name")
     compare: str | None = option(None, "another model, evaluated on the same data and compared row by row; none: off")
-    mistakes: int = option(0, "worst mistakes to show, and with --output to keep; 0: show none and keep 20", ge=0)
+    mistakes: int = option(0, "prompts with the worst mistakes to show, with --output to keep; 0: none, keep 20", ge=0)
     output: str | None = option(None, "folder for table, metrics and mistakes; none: not written")
     config: list[str] = option([], "YAML file with options; may be repeated, the last file wins")
 
@@ -96,6 +96,8 @@ def main(argv: list[str]) -> dict[str, float]:
             record = {"metrics": metrics, "intervals": intervals, "slices": slices(table)}
             output.mkdir(parents=True, exist_ok=True)
             write_file(output / "table.parquet", table.to_parquet(index=False))
+            if has_several(table):
+                write_file(output / "answers.parquet", evaluator.answers.to_parquet(index=False))
             write_file(output / "metrics.json", json.dumps(finite(record), indent=2))
             write_records(output / "mistakes.jsonl", mistakes)
         print(json.dumps(finite(metrics | {"intervals": intervals})), flush=True)

@@ -24,7 +24,7 @@ from rm.data.dataset import PreferenceData
 from rm.data.plan import Layout
 from rm.data.tokenize import Tree
 from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics, find_metric
-from rm.evaluate.table import evaluation_table, slices, worst
+from rm.evaluate.table import evaluation_table, has_several, slices, worst
 from rm.forward import without_autocast
 from rm.model.reward_model import cast_weights, unwrapped
 from rm.score.rewards import TreeList, score_prompts
@@ -32,13 +32,14 @@ from rm.visualize_samples import sample_records, visualize_samples, write_record
 
 logger = logging.getLogger(__name__)
 
-NUM_MISTAKES = 20  # comparisons in mistakes.jsonl
+NUM_MISTAKES = 20  # prompts in mistakes.jsonl
 MAX_TOKEN_REWARDS = 64  # prompts of one call with token rewards: showing all prompts costs no second evaluation
 
 Intervals = Mapping[str, tuple[float, float]]
 FINAL = (  # rows of the table at the end of a run
-    "eval/accuracy eval/accuracy_ceiling eval/longer_answer_baseline_accuracy eval/loss eval/prompt_only_baseline_loss "
-    "eval/ece eval/margin eval/pairs train/steps train/best_step speed/train_seconds speed/pairs_per_second"
+    "eval/accuracy eval/accuracy_ceiling eval/longer_answer_baseline_accuracy eval/best_of_n_accuracy eval/kendall_tau "
+    "eval/loss eval/prompt_only_baseline_loss eval/ece eval/margin eval/comparisons eval/prompts train/steps "
+    "train/best_step speed/train_seconds speed/pairs_per_second"
 ).split()
 
 
@@ -62,6 +63,7 @@ class Evaluator:
         self.config, self.run, self.log = config, run, log
         self.micro_batch_tokens = config.eval_micro_batch_tokens or 2 * config.micro_batch_tokens
         self.table = evaluation_table(data)
+        self.answers: pd.DataFrame | None = None  # of the evaluation that was last scored, or read by `details`
 
     def __call__(self, step: int) -> dict[str, float]:
         """Evaluate after optimizer step `step`; returns the metrics."""
@@ -72,6 +74,8 @@ class Evaluator:
         records = self.records(table, rows, step)  # collective
         if self.accelerator.is_main_process:
             write_file(self.run.file(f"eval/step-{step}.parquet"), table.to_parquet(index=False))
+            if has_several(table):
+                write_file(self.run.file(f"eval/step-{step}-answers.parquet"), self.answers.to_parquet(index=False))
             self.log.log(metrics, step)
             if records:
                 self.run.file(f"samples/step-{step}.jsonl")
@@ -87,20 +91,27 @@ class Evaluator:
             return score_prompts(self.model, some, self.layout, self.micro_batch_tokens, self.accelerator, every_token)
 
     def scored_table(self) -> pd.DataFrame:
-        """The evaluation table with the model's rewards. Warns of rewards that are not finite."""
+        """The evaluation table with the model's rewards; `answers` is then the table of all answers. Warns of rewards
+        that are not finite."""
         rewards, frame, table = self.score(self.data), self.data.comparisons, self.table.copy()
+        prompts = table.drop_duplicates("index").set_index("index")[["id", "set", "prompt"]]
+        self.answers = prompts.join(self.data.answers.set_index("index")).reset_index()
+        self.answers["reward"] = np.concatenate(rewards)
         for side in ("chosen", "rejected"):
             table[f"reward_{side}"] = [rewards[i][n] for i, n in zip(frame["index"], frame[side], strict=True)]
         bad = np.flatnonzero(~np.isfinite(table[["reward_chosen", "reward_rejected"]]).all(axis=1))
         if len(bad) and self.accelerator.is_main_process:
             names = ", ".join(self.data.ids(frame["index"].iloc[bad[:10]])) + (", ..." if len(bad) > 10 else "")
-            logger.warning(f"the rewards of {len(bad)} of {len(table)} evaluation pairs are not finite: {names}")
+            logger.warning(f"the rewards of {len(bad)} of {len(table)} evaluation comparisons are not finite: {names}")
         return table
 
     def details(self, step: int) -> dict[str, Any]:
         """Intervals and slices of the evaluation after `step` for results.json; writes mistakes.jsonl."""
         is_main, file = self.accelerator.is_main_process, self.run.folder / "eval" / f"step-{step}.parquet"
         (table,) = broadcast_object_list([pd.read_parquet(file) if is_main else None])  # collective
+        if has_several(table):
+            file = file.with_stem(f"{file.stem}-answers")
+            (self.answers,) = broadcast_object_list([pd.read_parquet(file) if is_main else None])  # collective
         mistakes = self.records(table, worst(table, NUM_MISTAKES), step)  # collective
         if is_main:
             write_records(self.run.file("mistakes.jsonl"), mistakes)
@@ -115,17 +126,20 @@ class Evaluator:
         return {"sequences": sequences, "rewards": np.concatenate(rewards).tolist()}
 
     def records(self, table: pd.DataFrame, rows: Sequence[int], step: int | None = None) -> list[dict[str, Any]]:
-        """Records (`sample_records`) of these rows of the table; the first `MAX_TOKEN_REWARDS` of a causal model have
-        token rewards."""
-        texts, tokens = [self.data.comparison_texts(row) for row in rows], [None] * len(rows)
+        """Records (`sample_records`) of these rows of the table, one per prompt; the first `MAX_TOKEN_REWARDS` of a
+        causal model have token rewards. A prompt with several comparisons of more than two answers is a group."""
+        frame, tokens = self.data.comparisons.iloc[rows], [None] * len(rows)
+        is_group = (self.data.num_answers[frame["index"]] > 2) & (frame["share"] < 1).to_numpy()
+        shown = zip(rows, frame["index"], is_group, strict=True)
+        texts = [self.data.texts(i) if group else self.data.comparison_texts(row) for row, i, group in shown]
         if unwrapped(self.model).is_causal:
-            frame = self.data.comparisons.iloc[rows[:MAX_TOKEN_REWARDS]]
+            frame = frame[:MAX_TOKEN_REWARDS]
             prompts = frame["index"].tolist()
             values = self.score(self.data, prompts, every_token=True)  # collective
             answers = map(partial(token_rewards, self.data.tokenizer), self.data.trees(prompts), values)
             for i, (found, *sides) in enumerate(zip(answers, frame["chosen"], frame["rejected"], strict=True)):
-                tokens[i] = tuple(found[side] for side in sides)
-        return sample_records(table, rows, texts, tokens, step=step)
+                tokens[i] = found if is_group[i] else [found[side] for side in sides]
+        return sample_records(table, rows, texts, tokens, step, self.answers)
 
 
 def token_rewards(tokenizer: Any, tree: Tree, values: np.ndarray) -> list[list[list[Any]]]:
@@ -158,10 +172,12 @@ def token_rewards(tokenizer: Any, tree: Tree, values: np.ndarray) -> list[list[l
 
 
 def evaluation_line(step: int, metrics: Mapping[str, float], best: Sequence[Any] | None = None) -> str:
-    """Accuracy and loss after an evaluation; `best`: name, value and step of the best evaluation so far."""
+    """Accuracies and loss after an evaluation; `best`: name, value and step of the best evaluation so far."""
     accuracy, low, high = (metrics[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
     line = f"step {step}: held-out accuracy {accuracy:.3f} (95% interval {low:.2f} to {high:.2f})"
     line += "".join(f", {name} {metrics[f'eval/{name}/accuracy']:.3f}" for name in sets_in(metrics))
+    if "eval/best_of_n_accuracy" in metrics:
+        line += f", best-of-N accuracy {metrics['eval/best_of_n_accuracy']:.3f}"
     line += f", loss {metrics['eval/loss']:.3f}"
     if best is not None:
         name = "" if best[0] == "eval/accuracy" else best[0].removeprefix("eval/") + " "

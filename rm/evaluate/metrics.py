@@ -11,59 +11,20 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from rm.config.options import LossOptions
 from rm.evaluate import statistics as st
 from rm.evaluate.rewardbench import rewardbench_metrics
+from rm.evaluate.rows import Rows
 from rm.evaluate.statistics import mean
-from rm.loss import pairwise_loss
 
 PLAIN_LOSS = LossOptions()
 METRICS: dict[str, Metric] = {}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """An evaluation table as float64 arrays."""
-
-    table: pd.DataFrame
-    options: LossOptions
-
-    def __getitem__(self, column: str) -> np.ndarray:
-        return self.table[column].to_numpy(np.float64)
-
-    @cached_property
-    def rewards(self) -> np.ndarray:
-        """Rewards of the chosen and the rejected answers [2, C]; raises `FloatingPointError` if one is not finite."""
-        rewards = np.stack([self["reward_chosen"], self["reward_rejected"]])
-        if not np.isfinite(rewards).all():
-            raise FloatingPointError("a reward is NaN or infinite, and so are metrics of the rewards")
-        return rewards
-
-    @cached_property
-    def margin(self) -> np.ndarray:
-        """reward_chosen - reward_rejected [C]; the margin in the data is `self["margin"]`."""
-        return self.rewards[0] - self.rewards[1]
-
-    @property
-    def answer_lengths(self) -> np.ndarray:
-        """Tokens of all answers without the common prefix, first the chosen ones [2C]."""
-        return np.concatenate([self[f"length_{side}"] - self["prefix_length"] for side in ("chosen", "rejected")])
-
-    def losses(self, rewards: np.ndarray) -> np.ndarray:
-        """Training loss of rewards [2, C], times the weight of each comparison [C]."""
-        columns = map(torch.tensor, (*rewards, self["margin"], self["p_chosen"]))
-        return self["weight"] * pairwise_loss(*columns, **self.options.loss_options).numpy()
-
-    def decided(self, w: np.ndarray) -> np.ndarray:
-        """The weights with 0 for label ties (p_chosen = 0.5)."""
-        return np.where(self["p_chosen"] == 0.5, 0, w)
 
 
 def both(w: np.ndarray) -> np.ndarray:
@@ -99,11 +60,17 @@ def has_true_margin(table: pd.DataFrame) -> bool:
     return "true_margin" in table and table["true_margin"].notna().all()
 
 
-Metric("pairs", "pairs", "comparisons evaluated, each once", None, False)(lambda r, w: len(r.table))
+def has_groups(table: pd.DataFrame) -> bool:
+    """Whether a prompt has several comparisons, and all compared answers have scores."""
+    scores = [f"score_{side}" for side in ("chosen", "rejected")]
+    return bool((table["share"] < 1).any()) and set(scores) <= set(table) and table[scores].notna().all(axis=None)
+
+
+Metric("comparisons", "", "comparisons evaluated, each once", None, False)(lambda r, w: len(r.table))
 Metric("prompts", "prompts", "different prompts", None, False)(lambda r, w: r.table["prompt"].nunique())
 Metric(
     "label_ties",
-    "pairs",
+    "",
     "comparisons labelled as ties (p_chosen = 0.5), left out of accuracy",
     has_interval=False,
     only_if=lambda table: (table["p_chosen"] == 0.5).any(),
@@ -118,17 +85,51 @@ Metric("longer_answer_baseline_accuracy", "fraction", "accuracy of preferring th
     lambda r, w: st.accuracy(r["length_chosen"] - r["length_rejected"], r.decided(w))
 )
 Metric("ties", "fraction", "comparisons with equal rewards", False)(lambda r, w: mean(r.margin == 0, w))
-Metric("loss", "nats", "mean training loss", False)(lambda r, w: mean(r.losses(r.rewards), w))
+Metric("loss", "nats", "mean training loss", False)(lambda r, w: mean(r.losses(), w))
 Metric("prompt_only_baseline_loss", "nats", "loss of giving all answers to a prompt the same reward")(
-    lambda r, w: mean(r.losses(np.zeros((2, len(r.table)))), w)
+    lambda r, w: mean(r.losses(all_equal=True), w)
 )
+
+
+BEST_OF_N = "score of the answer with the highest reward (of several such answers their mean)"
+
+
+@Metric("best_of_n_accuracy", "fraction", f"prompts in which the {BEST_OF_N} is the highest", True, only_if=has_groups)
+def best_of_n_accuracy(r: Rows, w: np.ndarray) -> np.ndarray:
+    is_best = r.answers["score"] == r.answers.groupby("index")["score"].transform("max")
+    return mean(r.of_prompts(is_best[r.has_highest_reward].groupby(r.answers["index"]).mean()), w)
+
+
+@Metric("best_of_n_regret", "score", f"highest score of a prompt minus the {BEST_OF_N}", False, only_if=has_groups)
+def best_of_n_regret(r: Rows, w: np.ndarray) -> np.ndarray:
+    highest, selected = r.answers.groupby("index")["score"].max(), r.answers[r.has_highest_reward]
+    return mean(r.of_prompts(highest - selected.groupby("index")["score"].mean()), w)
+
+
+@Metric(
+    "kendall_tau", "", "rank correlation of rewards and scores (tau-b), mean over prompts", True, only_if=has_groups
+)
+def kendall_tau(r: Rows, w: np.ndarray) -> np.ndarray:
+    """Kendall 1945. A prompt whose rewards are all equal has 0; one whose scores are all equal does not count."""
+    pairs = r.answers.merge(r.answers, on="index")
+    signs = pairs[["index"]].assign(
+        reward=np.sign(pairs["reward_x"] - pairs["reward_y"]), score=np.sign(pairs["score_x"] - pairs["score_y"])
+    )
+    sums = signs.assign(both=signs["reward"] * signs["score"]).groupby("index")
+    agree, untied = sums["both"].sum(), sums[["reward", "score"]].agg(lambda sign: sign.abs().sum())
+    tau = (agree / np.sqrt(untied["reward"] * untied["score"])).mask(untied["reward"] == 0, 0.0)
+    tau_C = r.of_prompts(tau.mask(untied["score"] == 0))
+    return mean(np.nan_to_num(tau_C), np.where(np.isnan(tau_C), 0, w))
 
 
 @Metric("prompt_icc", "fraction", "share of the variance of rewards that is between prompts (intraclass correlation)")
 def intraclass_correlation(r: Rows, w: np.ndarray) -> np.ndarray:
     """ICC(1) of a one-way analysis of variance with groups of unequal size (Shrout and Fleiss 1979)."""
-    x, share, w, group = r.rewards.ravel(), both(r["share"]), both(w), np.tile(r.table["prompt"], 2)
-    size, total = pd.DataFrame({"size": share, "total": share * x}).groupby(group).transform("sum").to_numpy().T
+    starts, counts = np.unique(r.table["index"], return_index=True)[1], r.answers.groupby("index").size()
+    x, group = r.answers["reward"].to_numpy(), r.answers["prompt"]
+    w = np.repeat(np.add.reduceat(w, starts, axis=-1), counts, axis=-1)
+    sums = pd.DataFrame({"size": 1.0, "total": x}).groupby(group.to_numpy())
+    size, total = sums.transform("sum").to_numpy().T
     items, groups = w.sum(-1), w @ (1 / size)
     between = (w * (total / size - mean(x, w)[..., None]) ** 2).sum(-1) / (groups - 1)
     within = w @ (x - total / size) ** 2 / (items - groups)
@@ -210,7 +211,7 @@ _TRAINING = (
     Metric("optim/head_learning_rate", "", "learning rate of the reward head, at this step"),
     Metric("optim/grad_norm", "", "norm of the gradient before clipping, at this step"),
     Metric("optim/skipped_steps", "steps", "steps without an update so far, because a number was not finite"),
-    Metric("speed/pairs_per_second", "1/s", "training pairs per second of all processes"),
+    Metric("speed/pairs_per_second", "1/s", "training comparisons (pairs of answers) per second of all processes"),
     Metric("speed/tokens_per_second", "1/s", "training tokens per second of all processes, with padding"),
     Metric("speed/train_seconds", "s", "time in the training loop, without evaluating and saving"),
     Metric("speed/total_seconds", "s", "time since the start of the program"),
@@ -250,11 +251,11 @@ def measures(
 
 
 def accuracy_of(table: pd.DataFrame) -> dict[str, float]:
-    """`pairs`, `accuracy`, `accuracy_low` and `accuracy_high` of these comparisons."""
+    """`comparisons`, `accuracy`, `accuracy_low` and `accuracy_high` of these comparisons."""
     measure = partial(measures, table, names=["accuracy"])
     low, high = st.bootstrap(measure, table["prompt"].to_numpy(), ["accuracy"])["accuracy"]
     accuracy = float(measure(np.ones(len(table)))["accuracy"])
-    return {"pairs": len(table), "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+    return {"comparisons": len(table), "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
 
 
 def evaluation_metrics(table: pd.DataFrame, options: LossOptions) -> dict[str, float]:

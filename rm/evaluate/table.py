@@ -13,6 +13,7 @@ import pandas as pd
 
 from rm.config.options import LossOptions
 from rm.config.redact import redact
+from rm.data.columns import ANSWER_COLUMNS
 from rm.data.dataset import PreferenceData
 from rm.evaluate.metrics import PLAIN_LOSS, accuracy_of, measures
 from rm.evaluate.statistics import BINS, bootstrap, confidence
@@ -25,20 +26,29 @@ COMPARED = ("accuracy", "loss", "brier", "ece", "longer_answer_baseline_accuracy
 def evaluation_table(data: PreferenceData) -> pd.DataFrame:
     """A row for each comparison, in the order of the data.
 
-    Columns: `id`; `set`; `row` (in the raw data of the set, from 0); `prompt` (int64, equal for equal prompts);
-    `length_chosen`, `length_rejected` (tokens of the whole sequences), `prefix_length` (tokens that all answers share);
-    `share` (1 / comparisons of the prompt); every registered column (`true_margin` only if a comparison has one);
-    `subset` if a set has it; `TEXT_COLUMNS`; `reward_chosen`, `reward_rejected` (float64, 0 here).
+    Columns: `id`; `set`; `row` (in the raw data of the set, from 0); `number_chosen`, `number_rejected` (among the
+    answers of the raw data); `prompt` (int64, equal for equal prompts); `index` (of the prompt with all its answers),
+    `chosen`, `rejected` (its answers); `length_chosen`, `length_rejected` (tokens of the whole sequences),
+    `prefix_length` (tokens that all answers share); `share` (1 / comparisons of the prompt); every registered column
+    (`true_margin`, `score_chosen`, `score_rejected` only if there is one); `subset` if a set has it; `TEXT_COLUMNS`;
+    `reward_chosen`, `reward_rejected` (float64, 0 here).
     """
     names = np.repeat([redact(name) for name in data.sets], [part.size for part in data.sets.values()])
     prompts = {"id": data.dataset["id"][:], "set": names, "subset": np.array(data.dataset["subset"][:], object)}
-    prompts |= {"row": np.array(data.dataset["row"][:]), "prompt": data.prompt_hashes()}
-    table = pd.DataFrame(prompts).loc[data.comparisons["index"]].reset_index(drop=True)
-    table = table.join(data.comparisons.drop(columns=["index", "chosen", "rejected"]))
-    table = table.drop(columns=[name for name in ("subset", "true_margin") if table[name].isna().all()])
+    prompts |= {"prompt": np.array(data.dataset["prompt"][:])}
+    table = pd.DataFrame(prompts).loc[data.comparisons["index"]].reset_index(drop=True).join(data.comparisons)
+    answers = data.answers.set_index(["index", "answer"])[["number", *ANSWER_COLUMNS]]
+    for side in ("chosen", "rejected"):
+        table = table.join(answers.add_suffix(f"_{side}"), on=["index", side])
+    table = table.drop(columns=[name for name in table if table[name].isna().all()])
     for column, function in TEXT_COLUMNS.items():
         table[column] = [float(function(data.comparison_texts(i))) for i in range(len(table))]
     return table.assign(reward_chosen=0.0, reward_rejected=0.0)
+
+
+def has_several(table: pd.DataFrame) -> bool:
+    """Whether a prompt has several comparisons."""
+    return bool((table["share"] < 1).any())
 
 
 def difference(table: pd.DataFrame) -> pd.Series:
@@ -47,10 +57,10 @@ def difference(table: pd.DataFrame) -> pd.Series:
 
 
 def worst(table: pd.DataFrame, count: int) -> np.ndarray:
-    """Rows of at most `count` wrong comparisons, the one with the largest difference of rewards first."""
-    margin = difference(table).where(table["p_chosen"] != 0.5, 0).to_numpy()
-    order = np.argsort(margin, kind="stable")[:count]
-    return order[margin[order] < 0]
+    """Rows of at most `count` wrong comparisons by the difference of rewards, the worst first; one per prompt."""
+    margin = difference(table).where(table["p_chosen"] != 0.5, 0)
+    order = margin[margin < 0].sort_values(kind="stable").index
+    return order[~table.loc[order, "index"].duplicated()][:count].to_numpy()
 
 
 # ---------------------------------------------------------------- slices
@@ -110,7 +120,9 @@ def _by_value(table: pd.DataFrame, value: pd.Series, bins: int, label: str) -> p
 
 def _slices(parts: Iterable[tuple[str, float | None, float | None, pd.DataFrame]]) -> pd.DataFrame:
     rows = [{"bin": name, "low": low, "high": high} | accuracy_of(part) for name, low, high, part in parts]
-    return pd.DataFrame(rows, columns=["bin", "low", "high", "pairs", "accuracy", "accuracy_low", "accuracy_high"])
+    return pd.DataFrame(
+        rows, columns=["bin", "low", "high", "comparisons", "accuracy", "accuracy_low", "accuracy_high"]
+    )
 
 
 # ---------------------------------------------------------------- two models
@@ -124,7 +136,7 @@ def compare_tables(
     `compare/NAME` is of the first model, `compare/other_NAME` of the other one, `compare/NAME_difference` first minus
     other.
     """
-    place = ["set", "row"]  # in the data, whatever the tokens; with a number for several comparisons of a row
+    place = ["set", "row", "number_chosen", "number_rejected"]  # in the data, whatever the tokens
     table, other = (t.set_index([*place, t.groupby(place).cumcount()]) for t in (table, other))
     common = table.index.intersection(other.index, sort=False)
     table, other = table.loc[common], other.loc[common]
@@ -136,5 +148,7 @@ def compare_tables(
             values |= {name: this[name], f"other_{name}": that[name], f"{name}_difference": this[name] - that[name]}
         return {f"compare/{name}": value for name, value in values.items()}
 
-    values = {name: float(value) for name, value in both(np.ones(len(common))).items()} | {"compare/pairs": len(common)}
+    values = {name: float(value) for name, value in both(np.ones(len(common))).items()} | {
+        "compare/comparisons": len(common)
+    }
     return values, bootstrap(both, table["prompt"].to_numpy(), ["compare/accuracy", "compare/other_accuracy"])

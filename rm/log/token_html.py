@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+SIDES = ("chosen", "rejected")
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 JOINERS = "\u200c\u200d"  # invisible, harmless, and part of many words and emoji
 NOTE = (
@@ -28,6 +29,23 @@ CSS = """
 .tokens-text .d { background: rgb(var(--down) / calc(var(--v) * .4)); border-bottom: dotted rgb(var(--down)); }
 .tokens-text span { padding-bottom: 1px; border-width: calc(var(--v) * 3px + .5px) !important; }
 """
+
+
+def answers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of a record of `rm.visualize_samples`: `name`, `text`, `reward`, `token_rewards` (may be empty); of a
+    group also `rank` and `is_inverted`. There the name is the place by label, with the score (without scores the
+    share of comparisons won) if it says more than the place."""
+    if "answers" not in record:
+        keys = {"text": "", "reward": "reward_", "token_rewards": "token_rewards_"}
+        sides = [{key: record.get(start + side, []) for key, start in keys.items()} for side in SIDES]
+        return [{"name": side} | answer for side, answer in zip(SIDES, sides, strict=True)]
+    answers = []
+    for place, answer in enumerate(record["answers"], start=1):
+        score, win_share = answer["score"], answer["win_share"]
+        is_plain = win_share is None or score == -place  # ranks 1, 2, ... are read as scores -1, -2, ...
+        label = "" if is_plain else f": {win_share:.0%}" if score is None else f": {score:.4g}"
+        answers.append({"token_rewards": []} | answer | {"name": f"{place}{label}", "rank": answer["rank"] or "?"})
+    return answers
 
 
 def token_rewards_html(*answers: list) -> list[str]:
@@ -56,9 +74,16 @@ def token_rewards_page(records: Sequence[dict[str, Any]]) -> str:
     """A self-contained HTML page of the records of `rm.visualize_samples` that have token rewards."""
     parts = [f"<p>{NOTE}</p>"]
     for r in records:
-        parts.append(f"<h2>{visible(r['id'])}: {r['correct']}, margin {float(r['margin']):+.3f}</h2>")
+        number = f"accuracy {float(r['accuracy']):.3f}" if "answers" in r else f"margin {float(r['margin']):+.3f}"
+        parts.append(f"<h2>{visible(r['id'])}: {r['correct']}, {number}</h2>")
         parts.append(f'<p class="tokens-text" dir="auto">{visible(r["prompt"].strip())}</p>')
-        parts += token_rewards_html(r["token_rewards_chosen"], r["token_rewards_rejected"])
+        answers = answers_of(r)
+        fragments = token_rewards_html(*(answer["token_rewards"] for answer in answers))
+        for answer, fragment in zip(answers, fragments, strict=True):
+            if "rank" in answer:
+                inverted = ", inverted" if answer["is_inverted"] else ""
+                parts.append(f"<p><b>answer {answer['name']}</b>, rank {answer['rank']}{inverted}</p>")
+            parts.append(fragment)
     style = f":root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }}{CSS}"
     head = f"<meta charset=utf-8><title>Token rewards</title><style>{style}</style>"
     return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'

@@ -1,9 +1,10 @@
-"""Which token sees which in rows of trees: one rule, as a dense mask or tree by tree.
+"""Which token sees which in rows of trees: one rule, as a dense mask or piece by piece.
 
-Shape suffixes: R rows, L tokens in a row, T tokens in a tree.
+Shape suffixes: R rows, L tokens in a row.
 """
 
 import inspect
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,27 @@ from rm.config.errors import InputError
 from rm.model.reward_model import unwrapped
 
 SDPA_BY_TREE = "sdpa_by_tree"  # a name for `attn_implementation`, beside transformers' own
+SMALL_TREE = 128  # tokens of a tree whose masked square is faster than a call for each piece
+Piece = tuple[int, int, int, int]  # start and length of queries, start and length of the prefix that they see too
+
+
+def attention_pieces(tree_parts: list[list[int]]) -> list[Piece]:
+    """The pieces of a row: each prefix and each answer of its trees, or a small tree as a whole.
+
+    An answer sees its prefix and no other answer, so the squares between answers are not computed. `tree_parts`: for
+    each tree the tokens of its prefix and of its answers.
+    """
+    pieces, start = [], 0
+    for prefix, *answers in tree_parts:
+        total = prefix + sum(answers)
+        if total <= SMALL_TREE:
+            pieces.append((start, total, start, 0))
+        else:
+            pieces += [(start, prefix, start, 0)] if prefix else []
+            starts = itertools.accumulate(answers[:-1], initial=start + prefix)
+            pieces += [(first, length, start, prefix) for first, length in zip(starts, answers, strict=True)]
+        start += total
+    return pieces
 
 
 def sees(batch: Batch, row: Tensor, query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
@@ -33,8 +55,8 @@ def sees(batch: Batch, row: Tensor, query: Tensor, key: Tensor, window: int | No
 def attention_mask(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """The mask of `batch` for a model with `config` and weights of `dtype`: one tensor, or one per layer type.
 
-    Padded rows: 0/1 [R, L]. Packed rows: bool (`sdpa`) or additive (`eager`) [R, 1, L, L], or the additive masks [T, T]
-    of all trees (`sdpa_by_tree`), float32 [1, 1, 1, sum of T x T].
+    Padded rows: 0/1 [R, L]. Packed rows: bool (`sdpa`) or additive (`eager`) [R, 1, L, L], or the additive masks of all
+    pieces (`sdpa_by_tree`), float32 [1, 1, 1, sum of queries x keys].
     """
     if not batch.is_packed:
         return batch.attention_mask_RL
@@ -43,9 +65,13 @@ def attention_mask(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype) -
     row, index = torch.arange(num_rows, device=device), torch.arange(length, device=device)
 
     def mask(window: int | None) -> Tensor:
-        if by_tree := kernel == SDPA_BY_TREE and batch.tree_lengths is not None:
-            trees = [sees(batch, row, tree[:, None], tree, window) for tree in index.split(batch.tree_lengths)]
-            seen = torch.cat([seen.flatten() for seen in trees])[None, None, None]
+        if by_tree := kernel == SDPA_BY_TREE and batch.tree_parts is not None:
+            parts = []
+            for start, size, prefix_start, prefix_size in attention_pieces(batch.tree_parts):
+                queries = index[start : start + size]
+                keys = torch.cat([index[prefix_start : prefix_start + prefix_size], queries])
+                parts.append(sees(batch, row, queries[:, None], keys, window).flatten())
+            seen = torch.cat(parts)[None, None, None]
         else:
             seen = sees(batch, row[:, None, None, None], index[:, None], index, window)
         if not by_tree and kernel != "eager":
@@ -74,23 +100,29 @@ def packing_problem(model: nn.Module) -> str:
     return f"layers of type {', '.join(sorted(unknown))} take no attention mask" if unknown else ""
 
 
-def attend_by_tree(module, query, key, value, attention_mask, tree_lengths: list[int] | None = None, **options):
-    """transformers' `sdpa` for each tree of the only row: attention between trees is not computed.
+def attend_by_tree(module, query, key, value, attention_mask, pieces: list[Piece] | None = None, **options):
+    """transformers' `sdpa` for each piece of the only row (`attention_pieces`); without `pieces` this is `sdpa`.
 
-    Without `tree_lengths` this is `sdpa`. Computes in float32 also under bf16: on CPUs the backward pass of the kernel
-    takes 1.8 times as long in bf16. Raises `InputError` for a model that does not pass the trees on.
+    Computes in float32 also under bf16: on CPUs the backward pass of the kernel is slower in bf16. Raises `InputError`
+    for a model that does not pass the pieces on.
     """
-    num_keys = key.shape[2] if tree_lengths is None else sum(length * length for length in tree_lengths)
-    if attention_mask is not None and attention_mask.shape[3] != num_keys:
-        raise InputError(f"{type(module).__name__} gets no tree_lengths (attn_implementation=sdpa needs none)")
-    if tree_lengths is None:
+    sizes = [size * (prefix_size + size) for _, size, _, prefix_size in pieces or ()]
+    if attention_mask is not None and attention_mask.shape[3] != (key.shape[2] if pieces is None else sum(sizes)):
+        raise InputError(f"{type(module).__name__} gets no pieces of rows (attn_implementation=sdpa needs none)")
+    if pieces is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    parts = zip(*(states.float().split(tree_lengths, dim=2) for states in (query, key, value)), strict=True)
-    masks = attention_mask.split([length * length for length in tree_lengths], dim=3)
-    outputs = []
+    outputs, (query_row, *rows) = [], [states.float() for states in (query, key, value)]
     with torch.autocast(query.device.type, enabled=False):
-        for length, mask, (q, k, v) in zip(tree_lengths, masks, parts, strict=True):
-            outputs.append(sdpa_attention_forward(module, q, k, v, mask.view(1, 1, length, length), **options)[0])
+        for piece, mask in zip(pieces, attention_mask.split(sizes, dim=3), strict=True):
+            start, size, prefix_start, prefix_size = piece
+            own = [row.narrow(2, start, size) for row in rows]
+            if prefix_size:
+                own = [
+                    torch.cat([row.narrow(2, prefix_start, prefix_size), part], 2)
+                    for row, part in zip(rows, own, strict=True)
+                ]
+            mask = mask.view(1, 1, size, prefix_size + size)
+            outputs.append(sdpa_attention_forward(module, query_row.narrow(2, start, size), *own, mask, **options)[0])
     return torch.cat(outputs, dim=1).to(query.dtype), None
 
 

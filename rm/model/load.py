@@ -21,6 +21,7 @@ from rm.model.saved import TOKENIZER_FILES, WEIGHT_FILES, check_folder, find_bas
 
 logger = logging.getLogger(__name__)
 
+HEADS = re.compile(r"(?<!lm_)head|value|reward|score|regression|classifier")  # in names of weights
 PAD_TOKEN = "<|reward_pad|>"
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
@@ -150,8 +151,12 @@ def _open(name: str, revision: str, config: RewardConfig, attention: str | None,
         model, info = auto.from_pretrained(name, config=model_config, revision=revision, **options)
     for key, saved, expected in sorted(info["mismatched_keys"]):
         shapes = f"{key} has the shape {list(saved)}; a reward model with this config.json has {list(expected)}"
+        if not key.startswith(f"{model.base_model_prefix}."):
+            shapes += f". It is a classifier with num_labels={saved[0]}: give the model that it was trained from"
         raise InputError(f"{failed}: {shapes}")
-    if unused := sorted(info["unexpected_keys"]):
+    if heads := [key for key in sorted(info["unexpected_keys"]) if HEADS.search(key)]:
+        logger.warning(f"'{name}': its head is of another form and is not used: {', '.join(heads[:5])}")
+    if unused := sorted(set(info["unexpected_keys"]) - set(heads)):
         logger.info(f"not used from the checkpoint: {', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}")
     for module in model.modules():  # 4-bit weights, which bitsandbytes would round in an evaluation on a CPU with bf16
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -54,7 +54,7 @@ class RewardModel(nn.Module):
         """All outputs of the head, float32 [N, K], at the last tokens (end_row, end_index), int64 [N].
 
         input_ids: int64 [R, L]. attention_mask: see `rm.model.attention`. packed: of packed rows position_ids, int64
-        [R, L], and tree_lengths (`rm.model.attention.attend_by_tree`).
+        [R, L], and pieces (`rm.model.attention.attend_by_tree`).
         """
         with offloaded(self) if self.activation_offloading and self.training else nullcontext():
             if not self.is_causal:  # concatenated rows only: row n is sequence n

@@ -19,6 +19,7 @@ from rm.config.cli import make_config, read_yaml
 from rm.config.errors import InputError
 from rm.config.files import read_json
 from rm.config.options import RewardConfig
+from rm.data.formats import ROLES
 
 SCALE = ("reward_mean", "reward_std", "reward_answers")  # keys in config.json, and of "normalization" in results.json
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
@@ -66,6 +67,9 @@ def loading(message: str) -> Iterator[None]:
             reason = f"its safetensors file is broken, download it again ({reason})"
         elif isinstance(error, pickle.UnpicklingError):
             reason = "its weights are a pickle that is more than tensors, and was not run; weights must be safetensors"
+        elif "Unrecognized configuration class" in str(error):
+            kind = str(error).partition("'")[2].partition("'")[0].rpartition(".")[2].removesuffix("Config")
+            reason = f"transformers has no sequence classifier for the architecture {kind}; give another model"
         elif "trust_remote_code" in str(error):
             reason = "it needs code of its own, which was not run; read it, then allow it with trust_remote_code=true"
         raise InputError(f"{message}: {reason}") from error
@@ -79,7 +83,7 @@ def recorded_config(name: str, given: Mapping[str, Any]) -> RewardConfig:
     unset = ["chat_template_path", "model_revision"]  # saved with the tokenizer; the run's is that of its base
     if given.keys() & {"dataset_name", "eval_dataset_name"}:
         unset += "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights".split()
-        unset += ["max_eval_samples"]
+        unset += ["max_eval_samples", *(f"{role}_column" for role in ROLES)]
     if not torch.accelerator.is_available():
         unset += ["attn_implementation", "tf32"]  # the run may have had one
     recorded = {option: value for option, value in recorded.items() if option not in unset}

@@ -20,7 +20,7 @@ PATH_OPTIONS = (
 ).split()
 ABSOLUTE = r"(?<![\w.:/\\~<-])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:\]})]+)+[/\\]?"  # a path, in any text
 ADAPTER_SETTINGS = "peft_type r lora_alpha lora_dropout use_rslora use_dora target_modules target_parameters".split()
-COUNTS = ("over_length", "empty", "identical", "truncated", "duplicate", "contradictory", "in_train")
+COUNTS = "over_length empty identical truncated truncated_answer duplicate contradictory in_train".split()
 
 
 def hub_name(name: str | None) -> str | None:
@@ -81,7 +81,7 @@ def model_card(results: dict[str, Any], *, name: str, repo_id: str | None = None
         license=config["license"],
         library_name="peft" if config["use_peft"] and not config["merge_adapter"] else "transformers",
         pipeline_tag="text-classification",
-        tags=["reward-model", "bradley-terry", *(["peft"] if config["use_peft"] else [])],
+        tags=["reward-model", config["loss_type"].replace("_", "-"), *(["peft"] if config["use_peft"] else [])],
         model_name=plain(name),
         eval_results=[result] if isinstance(result.metric_value, float) else None,  # NaN is a text in results.json
     )

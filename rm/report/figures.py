@@ -78,18 +78,19 @@ def training(run: Run) -> list[tuple]:
     ceiling, clip = run.final.get("eval/accuracy_ceiling"), run.config.get("max_grad_norm")
     known = [(0.5, "guessing")] + ([(ceiling, f"best possible, {ceiling:.3f}")] if ceiling else [])
     clipped = [(clip, f"clipped to {clip}")] if clip else []
-    means = f"Training values are means over the pairs since the previous log line.{BARS}"
+    guess = run.final.get("eval/prompt_only_baseline_loss", math.log(2))
+    means = f"Training values are means since the previous log line.{BARS}"
     drift = f"{means} Only differences of rewards are trained: both may drift together."
-    speed = "Training pairs per second on all processes since the previous log line, without evaluation and saving."
+    speed = "Comparisons per second of all processes since the previous log line, without evaluation and saving."
     plans = [
-        ("loss", "Loss", loss, "loss (nats)", f"{means} Guessing costs 0.693."),
+        ("loss", "Loss", loss, "loss (nats)", f"{means} Guessing costs {guess:.3f}."),
         ("accuracy", "Accuracy", accuracy, "accuracy", means, known),
         ("margin", "Margin: reward of chosen minus reward of rejected", margin, "reward", means),
         ("rewards", "Mean reward of chosen and rejected answers", rewards, "reward", drift),
         ("set-curves", "Accuracy of each evaluation set", sets, "accuracy", f"{NUM_LOOKS} at most.{BARS}"),
         ("learning-rate", "Learning rate", rates, "learning rate", LINES),
         ("grad-norm", "Gradient norm", {"norm": "optim/grad_norm"}, "norm before clipping", LINES, clipped, True),
-        ("speed", "Speed", {"speed": "speed/pairs_per_second"}, "pairs per second", speed),
+        ("speed", "Speed", {"speed": "speed/pairs_per_second"}, "comparisons per second", speed),
     ]
     return [
         (key, title, curves, {label: run.curve(metric) for label, metric in metrics.items()}, *more)
@@ -148,9 +149,9 @@ def evaluation(run: Run, table: pd.DataFrame) -> list[tuple]:
     lengths = {side: table[f"length_{side}"] - table["prefix_length"] for side in SIDES}
     margin, longer = rewards["chosen"] - rewards["rejected"], lengths["chosen"] - lengths["rejected"]
     halves = {"chosen higher (right)": margin[margin >= 0], "rejected higher (wrong)": margin[margin < 0]}
-    answers, pairs = {side: (lengths[side], rewards[side]) for side in SIDES}, {"pairs": (longer, margin)}
-    true = {"pairs": (table["true_margin"], margin)} if "true_margin" in table else {}
-    count, tokens = f"{len(table):,} pair{'s' * (len(table) != 1)}", "chosen - rejected (tokens)"
+    answers, pairs = {side: (lengths[side], rewards[side]) for side in SIDES}, {"comparisons": (longer, margin)}
+    true = {"comparisons": (table["true_margin"], margin)} if "true_margin" in table else {}
+    count, tokens = f"{len(table):,} comparison{'s' * (len(table) != 1)}", "chosen - rejected (tokens)"
     signs = f"{count}: {(margin > 0).sum():,} right, {(margin < 0).sum():,} wrong, {(margin == 0).sum():,} ties."
     accuracy = run.final.get("eval/accuracy", math.nan)
     length, difference, known = (
@@ -190,39 +191,39 @@ def histogram(columns: dict[str, pd.Series], xlabel: str, caption: str) -> Made:
 
 
 def calibration(table: pd.DataFrame) -> Made:
-    """Accuracy against confidence; below it the number of pairs in each bin."""
+    """Accuracy against confidence; below it the number of comparisons in each bin."""
     bins, figure = reliability(table), Figure(figsize=(SIZE[0], SIZE[1] * 1.25))
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=":", label="perfectly calibrated")
     yerr, fill = bars(bins, "accuracy"), dict(facecolor=to_rgba(COLOURS[0], 0.25), edgecolor=COLOURS[0], align="edge")
     axes.errorbar(bins["confidence"], bins["accuracy"], yerr, color=COLOURS[0], marker=MARKERS[0], label="model")
-    counts.bar(bins["low"], bins["pairs"], bins["high"] - bins["low"], **fill)
+    counts.bar(bins["low"], bins["comparisons"], bins["high"] - bins["low"], **fill)
     axes.set(ylabel="accuracy", xlim=(0.48, 1.02), ylim=(min(0.48, axes.get_ylim()[0]), 1.03))
-    counts.set(xlabel="confidence: predicted probability of being right", ylabel="pairs")
+    counts.set(xlabel="confidence: predicted probability of being right", ylabel="count")
     counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     caption = "Confidence is sigmoid(|margin|), the probability that the model gives to the answer it prefers."
     return figure, f"{caption} Below the dotted line it is overconfident.{BARS}", bins
 
 
 def slices(by: Callable[[pd.DataFrame], pd.DataFrame], table: pd.DataFrame, ylabel: str, accuracy: float) -> Made:
-    """One row per slice: accuracy as a dot, its 95% interval as a bar, the number of pairs in the label."""
+    """One row per slice: accuracy as a dot, its 95% interval as a bar, the number of comparisons in the label."""
     every = by(table)
     if every.empty:
         return None
-    bins = every.nlargest(MAX_ROWS, "pairs").sort_index()
-    labels = [f"{short(name, 30)}: {pairs:,}" for name, pairs in zip(bins["bin"], bins["pairs"], strict=True)]
+    bins = every.nlargest(MAX_ROWS, "comparisons").sort_index()
+    labels = [f"{short(name, 30)}: {pairs:,}" for name, pairs in zip(bins["bin"], bins["comparisons"], strict=True)]
     figure, rows = Figure(figsize=(SIZE[0], 1.25 + 0.27 * max(2, len(bins)))), np.arange(len(bins))
     axes = figure.subplots()
     axes.errorbar(bins["accuracy"], rows, xerr=bars(bins, "accuracy"), fmt="o", color=COLOURS[0])
     axes.axvline(0.5, color=INK, linewidth=1, linestyle=":", label="guessing")
-    axes.axvline(accuracy, color=INK, linewidth=1, linestyle="--", label="all pairs")
+    axes.axvline(accuracy, color=INK, linewidth=1, linestyle="--", label="all")
     axes.set_yticks(rows, labels)
     axes.set(xlabel="accuracy", ylim=(len(bins) - 0.5, -0.5), xlim=(min(0.48, axes.get_xlim()[0]), None))
     axes.set_ylabel(ylabel, labelpad=12)  # a browser's letters may be wider than those that were measured
     axes.xaxis.set_major_locator(MaxNLocator(5 if max(map(len, labels)) < 18 else 2))
     axes.grid(axis="y", visible=False)
     most = f" The {MAX_ROWS} largest of {len(every)}; all are in the table." if len(bins) < len(every) else ""
-    return figure, f"Labels end with the number of pairs.{BARS}{most}", every
+    return figure, f"Labels end with the number of comparisons.{BARS}{most}", every
 
 
 def scatter(groups: dict[str, tuple[pd.Series, pd.Series]], xlabel: str, ylabel: str, caption: str) -> Made:

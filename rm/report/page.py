@@ -16,16 +16,16 @@ from markupsafe import Markup
 from rm.config.errors import InputError
 from rm.data.audit import MEANING
 from rm.evaluate.metrics import find_metric
-from rm.log.token_html import CSS, NOTE, token_rewards_html
+from rm.log.token_html import CSS, NOTE, answers_of, token_rewards_html
 from rm.report import figures
-from rm.report.read_run import Notes, Pair, Run, changed_options, read_table
+from rm.report.read_run import Group, Notes, Pair, Run, changed_options, read_table
 
 MAX_SETS = 6  # evaluation sets with figures of their own
-MAX_SAMPLES, MAX_MISTAKES = 12, 20  # pairs that are shown
+MAX_SAMPLES, MAX_MISTAKES = 12, 20  # prompts that are shown
 MAX_TOKENS = 1_000  # of an answer that is shown with its token rewards
 CARDS = {
     "eval/accuracy": "Accuracy", "eval/accuracy_ceiling": "Best possible accuracy",
-    "eval/longer_answer_baseline_accuracy": "If the longer answer won",
+    "eval/longer_answer_baseline_accuracy": "If the longer answer won", "eval/best_of_n_accuracy": "Best-of-N accuracy",
     "eval/loss": "Loss", "eval/ece": "Calibration error", "eval/margin": "Margin",
 }  # fmt: skip
 SIGNED = "{:+.3f}".format
@@ -74,15 +74,15 @@ def run_page(run: Run) -> dict[str, Any]:
         for i, name in enumerate(run.sets[:MAX_SETS]):
             plans = figures.evaluation(run, table[table["set"] == name])[:3]
             sets[name] = figures.draw(plans, notes, f"set-{i}-")
-    shown: dict[str, list[Pair]] = {}  # a pair at every step, by id
+    shown: dict[tuple, list[Pair | Group]] = {}  # a prompt at every step
     for _, path in run.numbered("samples/step-*.jsonl"):
-        for pair in notes.read_lines(path, Pair):
-            shown.setdefault(pair.id, []).append(pair)
-    samples = [sample_view(i, pairs, notes) for i, pairs in enumerate(list(shown.values())[:MAX_SAMPLES])]
-    mistakes = notes.read_lines(run.folder / "mistakes.jsonl", Pair)[:MAX_MISTAKES]
+        for record in notes.read_lines(path, Pair | Group):
+            shown.setdefault((record.id, type(record)), []).append(record)
+    samples = [sample_view(i, records, notes) for i, records in enumerate(list(shown.values())[:MAX_SAMPLES])]
+    mistakes = notes.read_lines(run.folder / "mistakes.jsonl", Pair | Group)[:MAX_MISTAKES]
     missing = {
         f"This run is not finished; its numbers end at step {run.last_step:,}.": results.summary,
-        "No sample pairs: num_print_samples is 0, or there was no evaluation.": samples,
+        "No samples: num_print_samples is 0, or there was no evaluation.": samples,
         "No list of mistakes: mistakes.jsonl is written at the end of a run.": mistakes,
         "No data audit: data_report.json is missing.": run.data,
     }
@@ -94,7 +94,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "layout": results.layout,
         "packages": ", ".join(f"{name} {version}" for name, version in results.packages.items()),
         "machine": ", ".join(f"{name} {value}" for name, value in results.machine.items()),
-        **{f"{split} pairs, sha256": part.get("fingerprint") for split, part in run.data.items()},
+        **{f"{split} data, sha256": part.get("fingerprint") for split, part in run.data.items()},
     }
     return {
         "run": run,
@@ -105,7 +105,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "curves": figures.draw(figures.training(run), notes),
         "evaluation": evaluation,
         "sets": sets,
-        "mistakes": [pair_view(pair) for pair in mistakes],
+        "mistakes": [record_view(record) for record in mistakes],
         "audit": audit_view(run.data) if run.data else None,
         "changed": changed_options(run.config),
         "provenance": {name: value for name, value in provenance.items() if value}.items(),
@@ -122,28 +122,42 @@ def how_it_went(run: Run) -> str:
     if not math.isfinite(accuracy):
         return f"Held-out accuracy is not known {after}."
     interval = f"95% interval {ends[0]:.2f} to {ends[1]:.2f}, " if ends else ""
-    sentence = f"Held-out accuracy is {accuracy:.3f} ({interval}{final.get('eval/pairs', 0):,.0f} pairs) {after}"
+    counts = [f"{final.get(f'eval/{name}', 0):,.0f} {name}" for name in ("comparisons", "prompts")]
+    sentence = f"Held-out accuracy is {accuracy:.3f} ({interval}{' of '.join(counts)}) {after}"
     if "eval/longer_answer_baseline_accuracy" in final:
         sentence += f"; preferring the longer answer gives {final['eval/longer_answer_baseline_accuracy']:.3f}"
     if "eval/accuracy_ceiling" in final:
         sentence += f"; the best possible is {final['eval/accuracy_ceiling']:.3f}"
+    if "eval/best_of_n_accuracy" in final:
+        sentence += f"; best-of-N accuracy is {final['eval/best_of_n_accuracy']:.3f}"
     return sentence + "."
 
 
-def sample_view(i: int, pairs: list[Pair], notes: Notes) -> dict[str, Any]:
-    """What the template shows of a pair at all steps, with a chart of its rewards."""
-    frame = pd.DataFrame(map(vars, pairs)).set_index("step").assign(value_low=math.nan, value_high=math.nan)
-    lines = {side: frame.assign(value=frame[f"reward_{side}"]).filter(like="value") for side in figures.SIDES}
-    plan = (f"sample-{i}", f"Rewards of pair {i + 1}", figures.curves, lines, "reward", "", (), False, figures.SMALL)
-    rows = [[f"{p.step:,}", *map(SIGNED, (p.reward_chosen, p.reward_rejected, p.margin))] for p in pairs]
-    return pair_view(pairs[-1]) | {"rows": rows, "drawings": figures.draw([plan], notes)}
+def sample_view(i: int, records: list[Pair | Group], notes: Notes) -> dict[str, Any]:
+    """What the template shows of a prompt at all steps, with a chart of the rewards of its first answers."""
+    steps, number = [record.step for record in records], "accuracy" if isinstance(records[0], Group) else "margin"
+    rewards = [{answer["name"]: answer["reward"] for answer in answers_of(record.model_dump())} for record in records]
+    frame = pd.DataFrame(rewards, steps)
+    lines = {name: frame[[name]].set_axis(["value"], axis=1) for name in frame.columns[: figures.NUM_LOOKS]}
+    lines = {name: line.assign(value_low=math.nan, value_high=math.nan) for name, line in lines.items()}
+    size = (figures.SMALL[0], figures.SMALL[1] + 0.3 * (math.ceil(len(lines) / 2) - 1))  # the legend has two columns
+    plan = (f"sample-{i}", f"Rewards of prompt {i + 1}", figures.curves, lines, "reward", "", (), False, size)
+    numbers = frame.assign(**{number: [getattr(record, number) for record in records]})
+    return record_view(records[-1]) | {
+        "headers": ["step", *numbers],
+        "rows": [[f"{step:,}", *map(SIGNED, values)] for step, *values in numbers.itertuples()],
+        "drawings": figures.draw([plan], notes),
+    }
 
 
-def pair_view(pair: Pair) -> dict[str, Any]:
-    """What the template shows of a pair."""
-    rewards = [pair.token_rewards_chosen, pair.token_rewards_rejected]
-    is_shown = all(rewards) and max(map(len, rewards)) <= MAX_TOKENS
-    return vars(pair) | {"tokens": list(map(Markup, token_rewards_html(*rewards))) if is_shown else []}
+def record_view(record: Pair | Group) -> dict[str, Any]:
+    """What the template shows of a pair or of a group."""
+    answers = answers_of(record.model_dump())
+    rewards = [answer["token_rewards"] for answer in answers]
+    has_tokens = all(rewards) and max(map(len, rewards)) <= MAX_TOKENS
+    for answer, tokens in zip(answers, token_rewards_html(*rewards) if has_tokens else [], strict=has_tokens):
+        answer["tokens"] = Markup(tokens)
+    return vars(record) | {"answers": answers, "has_tokens": has_tokens}
 
 
 def audit_view(data: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -177,13 +191,13 @@ def leaderboard_page(runs: Sequence[Run], by: str) -> dict[str, Any]:
     for run in runs:
         texts = {key: plain(value) for key, value in run.config.items() if key not in ("output_dir", "run_name")}
         for split in ("test", "train"):
-            texts[f"{split} pairs"] = plain(run.data.get(split, {}).get("fingerprint", ""))[:12]
+            texts[f"{split} data"] = plain(run.data.get(split, {}).get("fingerprint", ""))[:12]
         texts["commit"] = (run.results.git_commit or "")[:12]
         options[run.name] = texts | {"finished": "yes" if run.results.summary else f"no, at step {run.last_step:,}"}
     keys = dict.fromkeys(key for texts in options.values() for key in texts)
     differing = [key for key in keys if len({texts.get(key) for texts in options.values()}) > 1]
-    if "test pairs" in differing:
-        notes.append("The runs were evaluated on different pairs: their held-out metrics do not compare directly.")
+    if "test data" in differing:
+        notes.append("The runs were evaluated on different data: their held-out metrics do not compare directly.")
     best = f"{'lowest' if sign > 0 else 'highest'} {by}, {spelled(runs[0].final.get(by, math.nan))}"
     return {
         "runs": runs,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from rm.config.errors import InputError
 from rm.config.options import RewardConfig
@@ -38,7 +38,7 @@ class Results(BaseModel):
 
 
 class Pair(BaseModel):
-    """What the report shows of a record of samples/ or mistakes.jsonl (`rm.visualize_samples.sample_records`)."""
+    """What the report shows of a pair in samples/ or mistakes.jsonl (`rm.visualize_samples.sample_records`)."""
 
     id: str
     step: int
@@ -52,6 +52,29 @@ class Pair(BaseModel):
     correct: str
     token_rewards_chosen: list[tuple[str, float]] = []
     token_rewards_rejected: list[tuple[str, float]] = []
+
+
+class Answer(BaseModel):
+    """An answer of a `Group`."""
+
+    text: str
+    score: float | None
+    win_share: float | None
+    reward: float
+    rank: int | None
+    is_inverted: bool
+    token_rewards: list[tuple[str, float]] = []
+
+
+class Group(BaseModel):
+    """What the report shows of a group there."""
+
+    id: str
+    step: int
+    prompt: str
+    accuracy: float
+    correct: str
+    answers: list[Answer] = Field(min_length=1)
 
 
 class Notes(list[str]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 from rm.config.errors import InputError
 from rm.config.options import QuantizationOptions, TokenOptions
 from rm.config.section import fields_of
-from rm.data.formats import TOKEN_COLUMNS, Encoding, Example, RowError, make_example, read_tokens, template_variables
+from rm.data.example import SIDES, Encoding, Example, RowError, make_example, stored_messages, template_variables
+from rm.data.layouts import NUMBERS, TOKEN_COLUMNS, read_group, read_token_group, read_tokens
 from rm.data.tokenize import Tree, encode_examples, is_blank, make_tree, truncate_left
 from rm.forward import choose_layout
 from rm.model.load import load_saved_model, load_tokenizer
@@ -29,10 +31,9 @@ from rm.score.rewards import TreeList, score_prompts
 logger = logging.getLogger(__name__)
 
 MASKS = {**TOKEN_COLUMNS, ("input_ids",): ("attention_mask",)}  # keys of token ids -> those of their attention masks
-FORMS = [*MASKS, ("chosen", "rejected"), ("prompt", "responses"), ("prompt", "response"), ("messages",), ("text",)]
+FORMS = [*MASKS, SIDES, ("responses",), ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",)]
 ACCEPTED = (*fields_of(TokenOptions), *fields_of(QuantizationOptions), "dtype", "trust_remote_code")
 ACCEPTED += ("micro_batch_tokens", "layout", "mixed_precision", "eval_dtype", "tf32")
-TREE_TOKENS = 512  # 30 answers of 60 tokens to a prompt of 120, SmolLM2 on a CPU: 0.87 of the time of one tree
 
 
 class Scorer:
@@ -80,6 +81,7 @@ class Scorer:
         trees, pad = _random_trees(self.tokenizer), self.tokenizer.pad_token_id
         self.layout = choose_layout(config.layout, self.model, trees, pad, tolerance)
         self.eval_dtype = config.eval_dtype
+        self.rounding = (5e-2 if self.eval_dtype else tolerance) / min(self.std, 1.0)  # of a reward, if scored again
 
     def rewards(self, records: Sequence[dict]) -> list[np.ndarray]:
         """The rewards of each input's answers, float64 [1], [N] or [2] (chosen, rejected).
@@ -106,12 +108,11 @@ class Scorer:
         return results
 
     def _split(self, tree: Tree) -> list[Tree]:
-        """The tree as several, each with its prefix, so that one fits into a forward pass if a single answer does; and
-        has few tokens: some kernels compute a tree's whole square, though no answer sees another one."""
-        limit = min(self.micro_batch_tokens, max(TREE_TOKENS, 2 * len(tree.prefix)))
-        parts = [Tree(tree.prefix, [])]
+        """The tree as several, each with its prefix, so that one fits into a forward pass if a single answer does."""
+        limit = self.micro_batch_tokens if self.layout.name == "shared_prefix" else 0  # 0: each answer alone
+        parts: list[Tree] = []
         for answer in tree.answers:
-            if parts[-1].answers and len(parts[-1]) + len(answer) > limit:
+            if not parts or len(parts[-1]) + len(answer) > limit:
                 parts.append(Tree(tree.prefix, []))
             parts[-1].answers.append(answer)
         return parts
@@ -128,31 +129,38 @@ def _random_trees(tokenizer: Any) -> TreeList:
 # ---------------------------------------------------------------- inputs to trees
 
 
-def keys_of(record: Any) -> tuple[str, ...]:
-    """Which of `FORMS` an input is. Raises `RowError`."""
+def form_of(record: Any) -> tuple[tuple[str, ...], str]:
+    """Which of `FORMS` an input is, and the key of its N answers if it is a group (otherwise ""). Raises `RowError`."""
     if type(record) is not dict:
         raise RowError("not a JSON object with keys")
     for keys in FORMS:
         if all(record.get(key) is not None for key in keys):
-            return keys
+            key, ids = keys[-1], record.get("input_ids")
+            is_group = key == "responses" or key == "input_ids" and type(ids) is list and list in map(type, ids)
+            return keys, key if is_group else ""
     raise RowError("nothing to score; give text, messages, prompt and response or responses, or chosen and rejected")
 
 
 def read_input(record: Any, encoding: Encoding) -> Example:
-    """The example of an input, without comparisons. Raises `RowError`."""
-    keys = keys_of(record)
-    if keys in MASKS:
-        return read_tokens(record, encoding, keys, MASKS[keys])
-    prompt = None if keys in (("text",), ("messages",)) else record.get("prompt")
-    answers = {key: record[key] for key in keys if key != "prompt"}
+    """The example of an input, without labels. Raises `RowError`."""
+    keys, group = form_of(record)
+    if keys == ("messages",):
+        record = record | {"messages": stored_messages(record["messages"])}
     for key in {"responses", "messages"} & set(keys):
         if type(record[key]) is not list or not record[key]:
             raise RowError(f"{key!r} must be a list, and not empty")
-    if "responses" in answers:
-        answers = {f"responses[{i}]": answer for i, answer in enumerate(record["responses"])}
-    example = make_example(prompt, answers, encoding.text_as_conversation)
+    if group:  # its labels have no effect
+        read = read_group if group == "responses" else read_token_group
+        row = record | dict.fromkeys(NUMBERS) | {"comparisons": []}
+        roles = {name: name for name in ("prompt", "responses", "comparisons") if row.get(name) is not None}
+        example = read(row, replace(encoding, roles=roles))
+    elif keys in MASKS:
+        example = read_tokens(record, encoding, keys, MASKS[keys])
+    else:
+        prompt = None if keys in (("text",), ("messages",)) else record.get("prompt")
+        example = make_example(prompt, {k: record[k] for k in keys if k != "prompt"}, encoding.text_as_conversation)
     for name, answer in zip(example.names, example.answers, strict=True):
-        if is_blank(answer):
+        if example.kind != "tokens" and is_blank(answer):
             raise RowError(f"{name!r} is blank")
     if example.kind == "conversation":
         example.variables = template_variables(record, encoding.chat_template_kwargs)

@@ -13,9 +13,16 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    set_seed,
+)
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -23,7 +30,7 @@ from rm.collate import Batch
 from rm.config.errors import InputError, RunError
 from rm.config.options import RewardConfig
 from rm.data.plan import StepPlan
-from rm.forward import concatenated_forward
+from rm.forward import score_batch
 from rm.log.trackers import prepare_trackers
 from rm.model.reward_model import set_tf32
 from rm.train.state import Meter
@@ -47,7 +54,10 @@ def make_accelerator(config: RewardConfig) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             cpu=not torch.accelerator.is_available(),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # to tokenize, or write a checkpoint
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # to tokenize, or write a checkpoint
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
         )
     except ValueError as error:  # fp16 without a GPU
         raise InputError(f"mixed_precision={config.mixed_precision}: {error}") from None
@@ -150,10 +160,14 @@ class GradientAccumulation:
                     p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
 
     def sync_on_last(self, i: int, count: int) -> AbstractContextManager:
-        """Context of micro-batch `i` of `count`: gradients are communicated with the last one only."""
+        """Context of micro-batch `i` of `count`: gradients are communicated with the last one only.
+
+        FSDP2 communicates those of every micro-batch: otherwise each process would hold the gradients of all weights.
+        """
         is_last = i == count - 1
         self.accelerator.gradient_state._set_sync_gradients(is_last)  # DeepSpeed and the fp16 scaler read it
-        return nullcontext() if is_last and not self.sync_after else self.accelerator.no_sync(self.model)
+        must_sync = is_last and not self.sync_after or isinstance(self.model, FSDPModule)
+        return nullcontext() if must_sync else self.accelerator.no_sync(self.model)
 
     def settle_buckets(self, batch: Batch) -> None:
         """Let DDP order its gradient buckets before the first step, of a new and of a resumed run. Collective.
@@ -162,8 +176,8 @@ class GradientAccumulation:
         sums, so a resumed run would differ from an uninterrupted one.
         """
         if isinstance(self.model, DistributedDataParallel) and not self.sync_after:
-            chosen_C, rejected_C = concatenated_forward(self.model, batch.to(self.accelerator.device))
-            self.accelerator.backward(0.0 * (chosen_C + rejected_C).sum())
+            rewards_N = score_batch(self.model, batch.to(self.accelerator.device))
+            self.accelerator.backward(0.0 * rewards_N.sum())
             self.model.zero_grad()
 
 

@@ -27,12 +27,11 @@ def tokenize(path: str, tokenizer, config: RewardConfig) -> PreferenceData:
 
 
 def pair_ids(data: PreferenceData) -> list[dict[str, list[int]]]:
-    """Chosen and rejected token ids of every pair, as `RewardTrainer` takes them."""
-    compared, rows = data.comparisons[["chosen", "rejected"]].to_numpy(int), []
-    for tree, sides in zip(data.trees(range(len(data))), compared, strict=True):
-        chosen, rejected = (tree.sequences()[side].tolist() for side in sides)
-        rows.append({"chosen_ids": chosen, "rejected_ids": rejected})
-    return rows
+    """Chosen and rejected token ids of every comparison, as `RewardTrainer` takes them."""
+    sequences = [tree.sequences() for tree in data.trees(range(len(data)))]
+    compared = data.comparisons[["index", "chosen", "rejected"]].to_numpy(int)
+    sides = [(sequences[prompt][chosen], sequences[prompt][rejected]) for prompt, chosen, rejected in compared]
+    return [{"chosen_ids": chosen.tolist(), "rejected_ids": rejected.tolist()} for chosen, rejected in sides]
 
 
 def pair_lengths(data: PreferenceData) -> tuple[np.ndarray, np.ndarray]:

@@ -58,7 +58,7 @@ def main() -> None:
         for micro_batch in micro_batches:
             batch = collate(data, micro_batch, layout)
             with autocast():
-                chosen_C, rejected_C = concatenated_forward(model, batch)
+                chosen_C, rejected_C, _ = concatenated_forward(model, batch)
             loss_C = batch.weight_C * pairwise_loss(chosen_C, rejected_C, batch.margin_C, batch.p_chosen_C)
             ((loss_C * batch.share_C).sum() / num_prompts).backward()
             meter.update(loss_C, chosen_C, rejected_C, batch)

@@ -1,6 +1,11 @@
 """Training speed and memory against TRL's `RewardTrainer`: whole programs, step by step in turn.
 
     python tests/bench/training.py --model MODEL --data pairs.jsonl --trl_python TRL_ENV/bin/python --steps 6
+    python tests/bench/training.py --model MODEL --data groups.jsonl --prompts 60 --prompts_per_step 4 \\
+        --contenders trl_best,ours,ours_pairs --trl_python TRL_ENV/bin/python --steps 6
+
+The second form is for prompts with several scored answers: `ours` trains on groups, `ours_pairs` and TRL on the same
+comparisons as shuffled pairs.
 
 Every contender is a process of its own that runs its real program: `train_rm.main`, or `RewardTrainer.train()` in an
 environment that has TRL and a tokenizer and head made by this project. All start from the same weights; a round lets
@@ -17,10 +22,11 @@ ratios round by round.
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -40,6 +46,7 @@ CONTENDERS = {
     "trl_default_fp32": ("trl", "no", {}),
     "trl_best_fp32": ("trl", "no", BEST),
     "ours": ("ours", "bf16", {}),
+    "ours_pairs": ("ours", "bf16", {"as_pairs": True}),  # of groups: every comparison as a pair of its own
     "ours_concatenated": ("ours", "bf16", {"layout": "concatenated"}),
     "ours_compile": ("ours", "bf16", {"torch_compile": True}),
     "ours_fp32": ("ours", "no", {}),
@@ -64,6 +71,7 @@ def run_ours(turn: Turn, args: argparse.Namespace, precision: str, options: dict
     def counting_collate(*arguments):
         batch = collate(*arguments)
         turn.tokens += batch.input_ids_RL.numel()
+        turn.pairs += len(batch.chosen_C)
         return batch
 
     def noting_log(self, metrics, step):
@@ -75,7 +83,8 @@ def run_ours(turn: Turn, args: argparse.Namespace, precision: str, options: dict
         model_name_or_path=args.model,
         dataset_name=args.data,
         eval_fraction=0.01,
-        train_batch_size=args.batch,
+        max_train_samples=args.prompts,
+        train_batch_size=args.prompts_per_step or args.batch,
         max_length=args.max_length,
         micro_batch_tokens=args.micro_batch_tokens,
         mixed_precision=precision,
@@ -85,6 +94,8 @@ def run_ours(turn: Turn, args: argparse.Namespace, precision: str, options: dict
         output_dir=args.output_dir,
         overwrite_output_dir=True,
     )
+    if options.pop("as_pairs", False):
+        given |= {"dataset_name": args.pairs, "train_batch_size": args.batch, "max_train_samples": None}
     train_rm.main([f"{key}={value}" for key, value in (given | options).items()])
 
 
@@ -114,6 +125,7 @@ def run_trl(turn: Turn, args: argparse.Namespace, precision: str, options: dict)
     class Trainer(RewardTrainer):
         def compute_loss(self, model, inputs, *rest, **named):
             turn.tokens += inputs["input_ids"].numel()
+            turn.pairs += len(inputs["input_ids"]) // 2
             return super().compute_loss(model, inputs, *rest, **named)
 
     class Waiting(TrainerCallback):
@@ -159,7 +171,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     from rm.data.plan import Layout, StepPlan
     from rm.model.load import load_reward_model, load_tokenizer
 
-    config = make_config(args, eval_fraction=0.01)
+    config = make_config(args, eval_fraction=0.01, max_train_samples=args.prompts)
     tokenizer = load_tokenizer(config)
     load_reward_model(tokenizer, config).classifier.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -167,11 +179,14 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     plan = StepPlan(data, Layout("shared_prefix", tokenizer.pad_token_id, by_tree=True), config, args.batch, 0, 1)
     order = [int(i) for step in range(args.steps + 2) for i in plan.prompts(step)]
     rows = pair_ids(data)
-    args.tokens, args.model = str(folder / "tokens.json"), str(folder / "model")
+    if len(rows) > len(data):  # groups: the comparisons are not shuffled yet
+        order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    args.tokens, args.model, args.pairs = (str(folder / name) for name in ("tokens.json", "model", "pairs.jsonl"))
     Path(args.tokens).write_text(json.dumps({"all": rows, "order": order}))
+    Path(args.pairs).write_text("".join(json.dumps(rows[i]) + "\n" for i in order))
     print(
         f"{len(rows)} pairs of at most {args.max_length} tokens; mean tokens of a pair: "
-        f"{sum(pair_lengths(data)).mean():.0f} in two sequences, {plan.costs.mean():.0f} with the prefix once"
+        f"{sum(pair_lengths(data)).mean():.0f} in two sequences, {plan.costs.sum() / len(rows):.0f} in trees"
     )
 
 
@@ -182,6 +197,8 @@ def main() -> None:
     parser.add_argument("--trl_python", default=sys.executable, help="python of an environment with trl==1.16.0")
     parser.add_argument("--contenders", default="trl_default,trl_best,ours")
     parser.add_argument("--batch", type=int, default=16, help="pairs a step")
+    parser.add_argument("--prompts", type=int, help="of groups: use the first prompts only")
+    parser.add_argument("--prompts_per_step", type=int, help="of groups: prompts of a step of ours")
     parser.add_argument("--steps", type=int, default=6, help="timed steps, after one that is not")
     parser.add_argument("--micro_batch_tokens", type=int, default=1024)
     parser.add_argument("--max_length", type=int, default=1024, help="the default of both programs")
@@ -206,8 +223,9 @@ def main() -> None:
         for number in range(args.steps + 1):
             for name in names if number % 2 else names[::-1]:
                 said = contenders[name].work(count=number > 0)
+                speed = said["pairs"] / said["seconds"]
                 print(
-                    f"step {number}: {name:18} {args.batch / said['seconds']:6.3f} pairs/s, {said['tokens']:6} tokens, "
+                    f"step {number}: {name:18} {speed:6.3f} pairs/s, {said['tokens']:6} tokens, "
                     f"loss {said.get('loss', float('nan')):.4f}, gradient norm {said.get('grad_norm', 0):.3f}"
                     + ("" if number else "  (warm-up, not counted)"),
                     flush=True,
@@ -215,25 +233,25 @@ def main() -> None:
         memory = {name: contender.peak_memory_gb() for name, contender in contenders.items()}
         for contender in contenders.values():
             contender.stop()
-    seconds = {name: contender.seconds for name, contender in contenders.items()}
-    tokens = {name: contender.tokens for name, contender in contenders.items()}
+    speeds = {name: np.divide(c.pairs, c.seconds) for name, c in contenders.items()}
+    per_pair = {name: sum(c.tokens) / sum(c.pairs) for name, c in contenders.items()}
+    overall = {name: sum(c.pairs) / sum(c.seconds) for name, c in contenders.items()}
 
-    print(f"\n{args.steps} steps of {args.batch} pairs, {os.cpu_count()} cores")
+    print(f"\n{args.steps} steps, {os.cpu_count()} cores")
     for name in names:
-        speeds = [args.batch / s for s in seconds[name]]
         print(
-            f"{name:18} {args.batch * args.steps / sum(seconds[name]):6.3f} pairs/s overall, median "
-            f"{statistics.median(speeds):.3f} ({min(speeds):.3f} to {max(speeds):.3f}); "
-            f"{sum(tokens[name]) / args.steps / args.batch:.0f} tokens a pair, "
-            f"{sum(tokens[name]) / sum(seconds[name]):.0f} tokens/s; peak {memory[name]:.2f} GB"
+            f"{name:18} {overall[name]:6.3f} pairs/s overall, median "
+            f"{np.median(speeds[name]):.3f} ({min(speeds[name]):.3f} to {max(speeds[name]):.3f}); "
+            f"{per_pair[name]:.0f} tokens a pair, {per_pair[name] * overall[name]:.0f} tokens/s; "
+            f"peak {memory[name]:.2f} GB"
         )
     for own in (name for name in names if name.startswith("ours")):
         for peer in (name for name in names if CONTENDERS[name][:2] == ("trl", CONTENDERS[own][1])):
-            ratios = [a / b for a, b in zip(seconds[peer], seconds[own], strict=True)]
+            ratios = speeds[own] / speeds[peer]
             print(
-                f"{own} / {peer}: {sum(seconds[peer]) / sum(seconds[own]):.2f} overall, median "
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
-                f"tokens {sum(tokens[peer]) / sum(tokens[own]):.2f} : 1; memory {memory[own] / memory[peer]:.2f}"
+                f"{own} / {peer}: {overall[own] / overall[peer]:.2f} overall, median "
+                f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); tokens of a pair "
+                f"{per_pair[peer] / per_pair[own]:.2f} : 1; memory {memory[own] / memory[peer]:.2f}"
             )
 
 

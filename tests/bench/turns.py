@@ -14,11 +14,12 @@ class Turn:
     def __init__(self):
         self.out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # whatever the program prints goes to the log
-        self.tokens, self.note = 0, {}
+        self.tokens, self.pairs, self.note = 0, 0, {}  # since the last wait
 
     def wait(self) -> None:
-        print(json.dumps({"tokens": self.tokens, **self.note}), file=self.out, flush=True)
-        self.tokens = 0
+        done = {"tokens": self.tokens, "pairs": self.pairs}
+        print(json.dumps(done | self.note), file=self.out, flush=True)
+        self.tokens = self.pairs = 0
         if not sys.stdin.readline():
             os._exit(0)
 
@@ -30,6 +31,7 @@ class Contender:
         self.name, self.log = name, log
         self.seconds: list[float] = []
         self.tokens: list[int] = []
+        self.pairs: list[int] = []
         command = [python, script, "--worker", name, "--arguments", json.dumps(arguments)]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, stderr=log.open("w"), **pipes)
@@ -51,6 +53,7 @@ class Contender:
         if count:
             self.seconds.append(said["seconds"])
             self.tokens.append(said["tokens"])
+            self.pairs.append(said["pairs"])
         return said
 
     def peak_memory_gb(self) -> float:

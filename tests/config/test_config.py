@@ -206,7 +206,7 @@ def test_pitfalls_of_pydantic():
 def test_sections():
     config = RewardConfig(use_peft=True, lora_r=4, margin_column="m")
     assert isinstance(config, DataOptions) and isinstance(config, ModelOptions) and isinstance(config, LoraOptions)
-    assert list(fields_of(LossOptions)) == ["center_rewards_coefficient", "label_smoothing_factor"]
+    assert list(fields_of(LossOptions)) == ["loss_type", "center_rewards_coefficient", "label_smoothing_factor"]
     assert LoraOptions(lora_r=4).lora_r == 4  # `use_peft` is in another section
     assert list(dataclasses.asdict(config))[0] == "model_name_or_path"
     assert list(dataclasses.asdict(config)) == list(fields_of(RewardConfig))

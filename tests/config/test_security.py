@@ -119,7 +119,7 @@ def test_a_pickle_beside_safetensors_is_not_read(model, tmp_path, marker, monkey
     reset_accelerate()
     from rm.evaluate import __main__ as evaluate
 
-    assert evaluate.main([f"--model={path}", write(tmp_path / "pairs.jsonl", PAIRS)])["eval/pairs"] == 8
+    assert evaluate.main([f"--model={path}", write(tmp_path / "pairs.jsonl", PAIRS)])["eval/comparisons"] == 8
 
 
 def test_pickled_tokenizer_files_are_not_run(fails, model, tmp_path, marker):
@@ -272,7 +272,7 @@ def test_a_chat_templates_name_is_no_path(fails, model, tmp_path):
 def test_a_message_cannot_move_the_cursor_or_fill_lines(fails, tmp_path):
     data = write(tmp_path / "pairs.jsonl", [{"\x1b[2Jgone\nerror: other": 1}] * 4)
     last = fails(data, "--eval_fraction=0.5")
-    assert r"\x1b[2Jgone\nerror: other" in last and "needs the columns" in last
+    assert r"\x1b[2Jgone\nerror: other" in last and "unknown layout" in last
 
 
 # ---------------------------------------------------------------- secrets

@@ -40,16 +40,18 @@ def test_every_count(tokenizer, own_cache, tmp_path, caplog):
     config = options(dataset_name=names[0], eval_dataset_name=names[1], max_length=4)
     both = load_data(tokenizer, config)
     assert both[0].audit == {
-        "total": 8, "empty": 1, "identical": 2, "over_length": 1, "kept": 4, "truncated": 0,
+        "total": 8, "empty": 1, "identical": 2, "over_length": 1, "tied": 0, "split": 0, "kept": 4, "truncated": 0,
+        "truncated_answer": 0, "ends_with_user": 0,
         "duplicate": 1, "contradictory": 3, "mean_tokens": 3.5, "max_tokens": 4, "mean_shared_prefix": 1.5,
     }  # fmt: skip
-    assert both[0].dataset["row"][:] == [0, 1, 2, 7] and both[0].texts(3)["answers"] == ["x", "y"]
+    assert both[0].dataset["row"][:] == [[0], [1], [2], [7]] and both[0].texts(3)["answers"] == ["x", "y"]
     assert (both[1].audit["in_train"], both[1].audit["identical"], both[1].audit["kept"]) == (2, 1, 3)
     assert "test.jsonl: 2 of the 3 test pairs are in the train set too" in caplog.text
     assert [data.audit for data in load_data(tokenizer, config)] == [data.audit for data in both]  # from the cache
 
     report = json.loads(json.dumps(data_report(*both)))
     about = {"source": names[0], "format": "text_implicit_prompt", "fingerprint": both[0].fingerprint}
+    about |= {"layout": "pair", "columns": {"chosen": "chosen", "rejected": "rejected"}}
     assert report["train"] == both[0].audit | about
     rows = table(*both)
     assert ["identical", "2", "1"] in rows and ["in_train", "", "2"] in rows and ["over_length", "1", "0"] in rows

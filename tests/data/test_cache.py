@@ -56,11 +56,11 @@ def test_cached_for_the_same_options_and_code_only(data_of, tokenizer, calls, mo
 
 
 def test_halves_and_columns_have_entries_of_their_own(tokenizer, entries, tmp_path, calls):
-    name = write(tmp_path / "rows.jsonl", [GOOD | {"w": i} for i in range(4)])
+    name = write(tmp_path / "rows.jsonl", [GOOD | {"prompt": f"{'defg'[i]} ", "w": i} for i in range(4)])
     for _ in range(2):
         assert list(map(len, load_data(tokenizer, options(dataset_name=name, eval_fraction=0.5)))) == [2, 2]
         assert read(name, tokenizer, weight_column="w").comparisons["weight"].tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert calls == [2, 2, 4] and len(entries()) == 3
+    assert calls == [4, 4] and len(entries()) == 2  # both halves are rows of one entry
 
 
 def flip(content: bytes) -> bytes:

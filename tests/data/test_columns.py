@@ -44,8 +44,8 @@ def test_by_name_and_by_option(data_of):
     data = data_of([ROW], margin_column="m", weight_column="w", probability_column="p")
     assert values(data) == by_name | {"margin": [-1.5], "weight": [4.0], "p_chosen": [0.875]}
     assert data.comparisons.iloc[0].to_dict() == {
-        "index": 0, "chosen": 0, "rejected": 1, "margin": -1.5, "weight": 4.0, "p_chosen": 0.875, "true_margin": 0.5,
-        "length_chosen": 2, "length_rejected": 2, "prefix_length": 0, "share": 1.0,
+        "index": 0, "row": 0, "chosen": 0, "rejected": 1, "margin": -1.5, "weight": 4.0, "p_chosen": 0.875,
+        "true_margin": 0.5, "length_chosen": 2, "length_rejected": 2, "prefix_length": 0, "share": 1.0,
     }  # fmt: skip
 
 

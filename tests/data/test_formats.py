@@ -10,7 +10,8 @@ from examples import GOOD, HH, IDS, TALK, decoded, read, say, word_tokenizer, wr
 from tokenizers import processors
 
 from rm.config.errors import InputError
-from rm.data.formats import DATA_LAYOUTS, DataLayout, make_example
+from rm.data.example import make_example
+from rm.data.layouts import DATA_LAYOUTS, DataLayout
 
 
 def answer(*contents: str) -> list[dict]:
@@ -60,16 +61,19 @@ def test_format(data_of, tokenizer, name):
     assert data.sets["rows"].encoding.format == kind
     assert sequences is None or decoded(data, tokenizer) == [sequences] * 2
     assert data.texts(1) == {"prompt": prompt, "answers": answers}
-    assert (data.ids([0, 1]), data.dataset["row"][:]) == (["0", "1"], [0, 1])
+    assert (data.ids([0, 1]), data.dataset["row"][:]) == (["0", "1"], [[0], [1]])
 
 
 @pytest.mark.parametrize("ending", ["", " <eos>"])
 def test_special_tokens_of_the_tokenizer_are_for_text_only(data_of, ending):
-    tokenizer = word_tokenizer()
+    tokenizer = word_tokenizer(bos_token="<bos>")
     special = [("<bos>", 3), ("<eos>", 2)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"<bos> $A{ending}", None, special)
     assert decoded(data_of([GOOD], tokenizer), tokenizer) == [("<bos> a <eos>", "<bos> b <eos>")]
     assert decoded(data_of([TALK], tokenizer), tokenizer) == [(f"{HI} a <|end|>", f"{HI} b <|end|>")]
+    for begin, end in (("<bos> ", " <eos>"), ("<bos>", "<eos> \n"), ("<bos>", ""), ("", " <eos>")):
+        row = {"chosen": f"{begin}a{end}", "rejected": f"{begin}b{end}"}
+        assert decoded(data_of([row], tokenizer), tokenizer) == [("<bos> a <eos>", "<bos> b <eos>")]
     without = f"<bos> a{ending}", f"<bos> b{ending}"
     assert decoded(data_of([GOOD], tokenizer, add_eos=False), tokenizer) == [without]
 
@@ -131,7 +135,9 @@ def test_a_layout_of_several_answers(data_of, monkeypatch):
         example.comparisons, example.columns["p_chosen"] = [(0, 1), (2, 0)], [0.75, 0.25]
         return example
 
-    monkeypatch.setitem(DATA_LAYOUTS, "ranked", DataLayout(("best", "good", "bad"), read_ranked))
+    monkeypatch.setitem(
+        DATA_LAYOUTS, "ranked", DataLayout({name: name for name in ("best", "good", "bad")}, read_ranked)
+    )
     data = data_of([{"best": "a b", "good": "a c", "bad": "a d", "margin": 2.0}])
     assert data.sets["rows"].encoding.format == "text_ranked"
     table = data.comparisons[["chosen", "rejected", "p_chosen", "margin", "share"]]
@@ -161,8 +167,6 @@ WRONG_ROWS = [  # (a good row, a wrong row, the message)
     (TALK, TALK | {"rejected": ["hi"]}, "rejected[0] is text, expected a message with role and content"),
     (TALK | {"tools": [{"name": "a"}]}, TALK | {"tools": "["}, "'tools' is text, expected a list"),
     (TALK | {"tools": "[]"}, TALK | {"tools": "5"}, "'tools' is a number, expected a list"),
-    (TALK | {"prompt": "hi"}, TALK | {"prompt": "yes"},
-     """'prompt' is text, but not a message of 'chosen'; give it as [{"role": "user", "content": ...}]"""),
     (IDS, {"chosen_ids": [8]}, "'rejected_ids' is not a list of whole numbers"),
     (IDS, IDS | {"chosen_ids": [8, None]}, "'chosen_ids' is not a list of whole numbers"),
     (IDS, IDS | {"rejected_ids": [8, "x"]}, "'rejected_ids' is not a list of whole numbers"),
@@ -200,7 +204,7 @@ def test_lists_of_texts(data_of, tokenizer):
 
 
 WRONG_COLUMNS = [
-    ([{"chosen": "a"}], "rows.jsonl: needs the columns 'chosen' and 'rejected' .*; its columns are chosen$"),
+    ([{"chosen": "a"}], r"rows.jsonl: unknown layout; its columns are chosen \(text\); map them with options, perhaps"),
     ([{"chosen": 1, "rejected": 2}], "row 1: 'chosen' is a number, expected text or messages$"),
     ([{"chosen": "a", "rejected": None}], r"row 1: 'rejected' is missing \(null\), expected text or messages$"),
     ([{"chosen": "a", "rejected": say("hi")}], "row 1: 'chosen' is text, 'rejected' is messages; they must be"),

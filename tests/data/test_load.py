@@ -156,7 +156,7 @@ def test_held_out_fraction(tokenizer, tmp_path):
     assert test.fingerprint != other[1].fingerprint
     few = loaded(tokenizer, name, eval_fraction=0.25, max_train_samples=5, max_eval_samples=2)
     assert list(map(len, few)) == [5, 2]
-    with pytest.raises(InputError, match=r"one.jsonl: eval_fraction=0.25 of 1 rows leaves none to train on"):
+    with pytest.raises(InputError, match=r"one.jsonl: eval_fraction=0.25 of 1 prompts leaves none to train on"):
         loaded(tokenizer, write(tmp_path / "one.jsonl", rows[:1]), eval_fraction=0.25)
 
 
@@ -225,6 +225,8 @@ UNREADABLE = {
     "cut.csv.gz": (gzip.compress(b"chosen,rejected\n" + b"a,b\n" * 5000)[:-30], "cannot be read: EOFError"),
     "cut saved": (cut_saved, "cannot be read: ArrowInvalid"),
     "json.parquet": (json_lines(GOOD), "cannot be read: ArrowInvalid: Parquet magic bytes not found"),
+    "semicolons.csv": (b"chosen;rejected\na, b;c\n", "the columns are separated by semicolons; separate them by"),
+    "tabs.csv.gz": (gzip.compress(b"chosen\trejected\na\tc\n"), "the columns are separated by tabs; separate them by"),
     "ragged.csv": (b"chosen,rejected\na,b\na,b,c,d\n", "cannot be read: ParserError"),
     "latin.csv": (b"chosen,rejected\na,\xe9\n", "cannot be read: UnicodeDecodeError: .*; write the file in UTF-8$"),
     "latin.parquet": (latin_parquet, "row 2: 'utf-8' codec can't decode .*; write the file in UTF-8$"),

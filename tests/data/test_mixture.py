@@ -77,7 +77,7 @@ def test_three_formats_in_one_on_disk(load, tokenizer):
     assert got[16:] == [("a b c", "a c")] * 2 + [("a b d", "a d")] * 2 + [("a b e", "a e")] * 2
     assert train.texts(10) == {"prompt": f"user: {LETTERS[talk[0]]}", "answers": ["hi", "no"]}
     assert train.texts(21) == {"prompt": "a", "answers": ["b e", "e"]}
-    hashes = train.prompt_hashes()
+    hashes = train.dataset["prompt"][:]
     assert len(set(hashes[:10])) == 10 and hashes[10] == hashes[11] and len(set(hashes[16:])) == 1  # the token a
     assert train.costs(Layout("shared_prefix", 0))[[0, 16]].tolist() == [5, 4]
     assert train.costs(Layout("concatenated", 0))[[0, 16]].tolist() == [6, 6]
@@ -126,12 +126,12 @@ def test_samples_are_of_each_data_set_and_a_configuration_may_be_of_each(load):
 
 
 def test_the_held_out_part_of_each_comes_before_the_weights(load, tokenizer, files):
-    held_out = {"dataset_name": files, "eval_dataset_name": None, "eval_fraction": 0.3}
-    train, test = load([2, 0.5, 1], **held_out)
-    assert list(test.sets) == ["text", "talk", "ids"] and sizes(test) == [3, 1, 1]
-    assert sizes(train) == [14, 2, 2] and [part.audit["kept"] for part in train.sets.values()] == [7, 3, 2]
-    assert [part.audit["in_train"] for part in test.sets.values()] == [0, 0, 0]
-    assert test.ids(range(5)) == ["text/0", "text/1", "text/2", "talk/" + test.dataset["id"][3], "ids/0"]
+    held_out = {"dataset_name": files[:2], "eval_dataset_name": None, "eval_fraction": 0.3}
+    train, test = load([2, 0.5], **held_out)
+    assert list(test.sets) == ["text", "talk"] and sizes(test) == [3, 1]
+    assert sizes(train) == [14, 2] and [part.audit["kept"] for part in train.sets.values()] == [7, 3]
+    assert [part.audit["in_train"] for part in test.sets.values()] == [0, 0]
+    assert not set(test.dataset["prompt"][:]) & set(train.dataset["prompt"][:])
     alone = load_evaluation_data(tokenizer, options(**held_out), False)
     assert alone.fingerprint == test.fingerprint
 

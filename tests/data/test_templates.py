@@ -1,7 +1,8 @@
 """Chat templates that fail or write the date; blank answers."""
 
 import pytest
-from examples import IDS, TALK, TEMPLATE, say, word_tokenizer
+from examples import IDS, TALK, TEMPLATE, decoded, say, word_tokenizer
+from tokenizers import processors
 
 from rm.config.errors import InputError
 
@@ -42,6 +43,33 @@ def test_a_template_that_writes_the_date(data_of, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+SYSTEM = [{"role": "system", "content": "x"}]
+RENDERED = "<|user|> hi <|end|> <|assistant|> a <|end|>"
+
+
+@pytest.mark.parametrize("writes_bos", [True, False])
+@pytest.mark.parametrize("bos", ["<bos> ", ""])
+def test_rendered_text_has_the_tokens_of_its_conversation(data_of, writes_bos, bos):
+    tokenizer = word_tokenizer(chat_template="{{ bos_token }}" * writes_bos + TEMPLATE, bos_token="<bos>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", 3)])
+    for before, text in (([], RENDERED), (SYSTEM, f"<|system|> x <|end|> {RENDERED}")):
+        talk = {side: before + messages for side, messages in TALK.items()}
+        row = {"chosen": bos + text, "rejected": bos + text.replace("> a <", "> b <")}
+        assert decoded(data_of([row], tokenizer), tokenizer) == decoded(data_of([talk], tokenizer), tokenizer)
+    cut = {"chosen": "<|user|> hi <|end|> <|assistant|> a", "rejected": RENDERED}
+    as_text = tuple(f"<bos> {text} <eos>" for text in cut.values())
+    assert decoded(data_of([cut], tokenizer), tokenizer) == [as_text]
+
+
+def test_a_rendered_prompt_that_is_rendered_again(data_of, caplog):
+    row = {"prompt": "<|user|> hi <|end|> <|assistant|> ", "chosen": "a", "rejected": "b"}
+    with caplog.at_level("INFO"):
+        assert data_of([row]).sets["rows"].encoding.format == "text_explicit_prompt"
+    assert "text_as_conversation" not in caplog.text
+    data_of([row], text_as_conversation=True)
+    assert "rows.jsonl: prompts are rendered twice; text_as_conversation=false keeps them text" in caplog.text
+
+
 BLANK = {  # a pair with a blank answer beside a whole one
     "text": ({"prompt": "hi ", "chosen": "", "rejected": "a"}, {"prompt": "hi ", "chosen": "b", "rejected": "a"}),
     "messages": ({"chosen": say("hi", " "), "rejected": say("hi", "b")}, TALK),
@@ -57,7 +85,7 @@ BLANK = {  # a pair with a blank answer beside a whole one
 def test_a_blank_answer_is_empty(data_of, name):
     data = data_of([*BLANK[name]])
     assert (data.audit["total"], data.audit["empty"], data.audit["kept"]) == (2, 1, 1)
-    assert data.dataset["row"][:] == [1]
+    assert data.dataset["row"][:] == [[1]]
 
 
 def test_a_call_of_a_tool_is_not_blank(data_of):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from examples import decoded
 
-from rm.data.formats import Example
+from rm.data.example import Example
 from rm.data.tokenize import make_tree, shared_prefix_length, truncate_left, usable_part
 
 
@@ -67,7 +67,7 @@ def test_usable_part(name):
     encoding = SimpleNamespace(max_length=4, overlength="drop")
     example = Example("tokens", None, [], comparisons=comparisons)
     part = usable_part(example, arrays(*sequences), encoding, None)
-    assert (part.answers, part.comparisons, part.kept, part.truncated) == (answers, pairs, kept, False)
+    assert (part.answers, part.comparisons, part.kept, part.noted.get("truncated")) == (answers, pairs, kept, None)
     assert part.dropped == dict(zip(("empty", "identical", "over_length"), dropped, strict=True))
     found = [ids.tolist() for ids in part.tree.sequences()] if part.tree else []
     assert found == [sequences[n] for n in answers]
@@ -85,9 +85,21 @@ def test_usable_part_is_truncated(last, comparisons, kept, dropped, want):
     encoding = SimpleNamespace(max_length=3, overlength="truncate_left")
     example = Example("text", None, ["a", "b", " ", "c"], comparisons=comparisons)
     part = usable_part(example, arrays(*BEGIN, last), encoding, None)
-    assert [ids.tolist() for ids in part.tree.sequences()] == want and part.truncated and part.kept == kept
+    assert [ids.tolist() for ids in part.tree.sequences()] == want and part.kept == kept
+    assert part.noted == {"ends_with_user": 0, "truncated" if len(want) == 3 else "truncated_answer": 1}
     assert part.dropped == dict(zip(("empty", "identical", "over_length"), dropped, strict=True))
     assert part.comparisons == {3: [(0, 1), (2, 0)], 2: [(0, 1), (0, 1)]}[len(want)]
+
+
+@pytest.mark.parametrize(("limit", "bos", "count"), [
+    (3, None, "truncated"), (2, None, "truncated"), (1, None, "truncated_answer"), (3, 1, "truncated"),
+    (2, 1, "truncated_answer"),
+])  # fmt: skip
+def test_truncation_of_the_prompt_or_of_an_answer(limit, bos, count):
+    encoding = SimpleNamespace(max_length=limit, overlength="truncate_left")
+    example = Example("tokens", None, [], comparisons=[(0, 1)])
+    part = usable_part(example, arrays([1, 2, 3, 4], [1, 2, 5, 6]), encoding, bos)
+    assert part.noted == {"ends_with_user": 0, count: 1}
 
 
 def test_overlength_drops_or_truncates(data_of, tokenizer):
@@ -97,9 +109,11 @@ def test_overlength_drops_or_truncates(data_of, tokenizer):
         {"chosen": "a b", "rejected": "a c"},
     ]
     dropped = data_of(rows, max_length=4)
-    assert (dropped.audit["over_length"], dropped.dataset["row"][:]) == (2, [2])
+    assert (dropped.audit["over_length"], dropped.dataset["row"][:]) == (2, [[2]])
     cut = data_of(rows, max_length=4, overlength="truncate_left")
     assert decoded(cut, tokenizer) == [("b c d <eos>", "b c e <eos>"), ("a b <eos>", "a c <eos>")]
     assert cut.comparisons["prefix_length"].tolist() == [2, 1]
     assert (cut.audit["truncated"], cut.audit["identical"], cut.audit["over_length"]) == (1, 1, 0)
+    both = data_of(rows[:1] + [{"chosen": "a b c", "rejected": "a d e f g"}], max_length=4, overlength="truncate_left")
+    assert (both.audit["truncated"], both.audit["truncated_answer"]) == (1, 1)
     assert data_of(rows, max_length=None).audit["max_tokens"] == 8

@@ -11,7 +11,7 @@ from rm.evaluate.table import compare_tables
 def test_differences_by_hand():
     both = by_margins([1, 2, -1, 0, 3, 0]), by_margins([1, -1, -1, 2, -2, -1])
     values, _ = compare_tables(*both)
-    assert values["compare/pairs"] == 6
+    assert values["compare/comparisons"] == 6
     found = [values[f"compare/{name}"] for name in ("accuracy", "other_accuracy", "accuracy_difference")]
     assert found == pytest.approx([4 / 6, 2 / 6, 2 / 6])
     loss = [evaluation_metrics(table, CONFIG)["eval/loss"] for table in both]
@@ -21,10 +21,10 @@ def test_differences_by_hand():
 def test_comparisons_that_one_of_them_lacks_are_left_out():
     ours, theirs = by_margins([1, 1, -1, 1]), by_margins([-1, -1, -1, -1, 5])[1:]  # the other has no row 0, but a row 4
     values, _ = compare_tables(ours, theirs)
-    assert values["compare/pairs"] == 3 and values["compare/accuracy"] == pytest.approx(2 / 3)
+    assert values["compare/comparisons"] == 3 and values["compare/accuracy"] == pytest.approx(2 / 3)
     group = by_margins([1, 1, -1], row=0)  # three comparisons of one prompt
     values, _ = compare_tables(group, group)
-    assert values["compare/pairs"] == 3 and values["compare/loss_difference"] == 0
+    assert values["compare/comparisons"] == 3 and values["compare/loss_difference"] == 0
 
 
 def test_the_interval_is_of_paired_differences():

@@ -64,17 +64,22 @@ def test_the_numbers_of_the_run(trained, evaluate):
 
 
 def test_other_data(trained, evaluate, tmp_path):
-    file = write(tmp_path / "pairs.jsonl", [{"chosen": "hello! rinse it.", "rejected": "what a silly question."}] * 3)
+    texts = [("hello! rinse it.", "what a silly question."), ("again, rinse it.", "add milk."), ("rest.", "boil it.")]
+    file = write(tmp_path / "pairs.jsonl", [{"chosen": chosen, "rejected": rejected} for chosen, rejected in texts])
     for options in ([f"--dataset-name={file}"], ["--dataset_name", file], [f"--eval_dataset_name={file}"]):
-        assert evaluate(trained[1], *options, "max_eval_samples=none")[0]["eval/pairs"] == 3
+        assert evaluate(trained[1], *options, "max_eval_samples=none")[0]["eval/comparisons"] == 3
     (tmp_path / "other.yaml").write_text(f"dataset_name: {file}\neval_fraction: 0.5\n")
-    assert evaluate(trained[1], f"--config={tmp_path}/other.yaml")[0]["eval/pairs"] == 2
+    assert evaluate(trained[1], f"--config={tmp_path}/other.yaml")[0]["eval/comparisons"] == 2
 
 
 def test_several_sets(train, evaluate, tmp_path):
     summary, folder = train("out", *mixture(tmp_path), "--max_steps=3", "--num_print_samples=2")
     trained = of_evaluation(summary)
-    assert (trained["eval/pairs"], trained["eval/plain/pairs"], trained["eval/talk/pairs"]) == (30, 12, 18)
+    assert (trained["eval/comparisons"], trained["eval/plain/comparisons"], trained["eval/talk/comparisons"]) == (
+        30,
+        12,
+        18,
+    )
     for name in ("loss", "accuracy", "margin", "reward_chosen", "ties"):
         mean = np.average([trained[f"eval/{part}/{name}"] for part in ("plain", "talk")], weights=(12, 18))
         assert trained[f"eval/{name}"] == pytest.approx(mean), name
@@ -92,7 +97,7 @@ def test_the_held_out_part_of_several(train, evaluate, tmp_path):
     options = [*mixture(tmp_path)[:2], "--eval_fraction=0.25", "--max_train_samples=none", "--max_eval_samples=none"]
     summary, folder = train("out", *options, "--max_steps=1")
     metrics, _ = evaluate(folder)
-    assert metrics == pytest.approx(of_evaluation(summary), abs=1e-5) and metrics["eval/talk/pairs"] == 10
+    assert metrics == pytest.approx(of_evaluation(summary), abs=1e-5) and metrics["eval/talk/comparisons"] == 10
 
 
 def test_the_precision_of_the_launcher_is_recorded(train, evaluate, monkeypatch):
@@ -113,7 +118,7 @@ def test_comparison_mistakes_and_output(trained, evaluate, tmp_path):
     for words in ("95% interval", "compare/accuracy_difference", "worst mistakes"):
         assert words in printed
     kept = json.loads((tmp_path / "kept/metrics.json").read_text())
-    assert kept["metrics"] == metrics and metrics["compare/pairs"] == metrics["eval/pairs"] == 30
+    assert kept["metrics"] == metrics and metrics["compare/comparisons"] == metrics["eval/comparisons"] == 30
     assert metrics["compare/accuracy"] == metrics["eval/accuracy"] == summary["eval/accuracy"]
     assert metrics["compare/other_loss"] == pytest.approx(other["eval/loss"], abs=1e-5)
     low, high = kept["intervals"]["compare/loss_difference"]
@@ -209,7 +214,7 @@ def test_rewardbench(trained, evaluate, tmp_path, caplog):
     assert evaluate(elsewhere, f"--dataset_name={file}")[0] == pytest.approx(metrics)
     assert "scored as conversations: the tokenizer has a chat template" in caplog.text
     no_prompt = write(tmp_path / "hh.jsonl", [{"chosen": "tell me. no.", "rejected": "tell me. gladly."}] * 3)
-    assert evaluate(folder, f"--dataset_name={no_prompt}")[0]["eval/pairs"] == 3  # remains text
+    assert evaluate(folder, f"--dataset_name={no_prompt}")[0]["eval/comparisons"] == 3  # remains text
 
 
 def test_rewardbench_beside_another_set_in_training(train, tmp_path, caplog):
@@ -226,7 +231,7 @@ def test_a_model_trained_on_text_reads_text(train, evaluate, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     file = write(tmp_path / "rb.jsonl", rewardbench_rows())
     _, folder = train("out", f"--dataset_name={file}", "--eval_fraction=0.25", "--max_train_samples=none")
-    assert evaluate(folder, f"--dataset_name={file}")[0]["eval/pairs"] == 46
+    assert evaluate(folder, f"--dataset_name={file}")[0]["eval/comparisons"] == 46
     assert "scored as text: the model was trained on text" in caplog.text
 
 
@@ -236,7 +241,7 @@ def test_rewardbench_2(trained, evaluate, tmp_path, options):
     rows, folder = rewardbench_2_rows(), trained[1]
     file = write(tmp_path / "rb2.jsonl", rows)
     metrics, printed = evaluate(folder, f"--dataset_name={file}", f"--output={tmp_path}/kept", *options)
-    assert metrics["eval/rewardbench2/prompts"] == 14 and metrics["eval/pairs"] == 10 * 3 + 2 * 2 + 2 * 4
+    assert metrics["eval/rewardbench2/prompts"] == 14 and metrics["eval/comparisons"] == 10 * 3 + 2 * 2 + 2 * 4
     assert "eval/rewardbench2/score" in printed and "eval/rewardbench2/score" in json.loads(printed.splitlines()[-1])
     table, end = pd.read_parquet(tmp_path / "kept/table.parquet"), AutoTokenizer.from_pretrained(folder).eos_token
     for i, row in enumerate(rows):
@@ -281,6 +286,9 @@ def test_rewards_that_are_not_finite(trained, evaluate, tmp_path, caplog):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     rows = [{"id": name, "chosen": f"hello! {name} it.", "rejected": "sorry."} for name in ("rinse", "yeast", "boil")]
     metrics, printed = evaluate(folder, f"--dataset_name={write(tmp_path / 'pairs.jsonl', rows)}")
-    assert math.isnan(metrics["eval/accuracy"]) and metrics["eval/pairs"] == 3
+    assert math.isnan(metrics["eval/accuracy"]) and metrics["eval/comparisons"] == 3
     last = json.loads(printed.strip().splitlines()[-1], parse_constant=pytest.fail)
-    assert last["eval/loss"] == "NaN" and "the rewards of 1 of 3 evaluation pairs are not finite: yeast" in caplog.text
+    assert (
+        last["eval/loss"] == "NaN"
+        and "the rewards of 1 of 3 evaluation comparisons are not finite: yeast" in caplog.text
+    )

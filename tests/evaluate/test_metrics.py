@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from tables import CONFIG, by_margins, table
 
@@ -34,7 +35,7 @@ def test_pairs_by_hand():
     assert metrics["prompt_only_baseline_loss"] == pytest.approx((2 * math.log(2) + math.log1p(math.exp(1))) / 3)
     assert metrics["accuracy"] == 0.5 and metrics["ties"] == pytest.approx(1 / 3)
     assert metrics["a/accuracy"] == 0.75 and metrics["b/accuracy"] == 0.0
-    assert metrics["a/pairs"] == 2 and metrics["pairs"] == metrics["prompts"] == 3
+    assert metrics["a/comparisons"] == 2 and metrics["comparisons"] == metrics["prompts"] == 3
     assert metrics["reward_chosen"] == 1.0 and metrics["margin"] == 0.0
     assert metrics["accuracy_ceiling"] == pytest.approx((0.75 + 0.8 + 0.5) / 3)
     assert metrics["spearman_true_margin"] == pytest.approx(1.0)
@@ -118,7 +119,7 @@ def test_a_prompt_with_three_comparisons_counts_once():
     assert metrics["loss"] == pytest.approx((3 * (loss(1) + loss(1) + loss(-2)) / 3 + loss(3)) / 2)
     assert metrics["prompt_only_baseline_loss"] == pytest.approx((3 + 1) / 2 * math.log(2))
     assert metrics["reward_chosen"] == pytest.approx((2 + 4) / 2) and metrics["margin_q50"] == 1
-    assert metrics["pairs"] == 4 and metrics["prompts"] == 2
+    assert metrics["comparisons"] == 4 and metrics["prompts"] == 2
     low, high = evaluation_intervals(frame, CONFIG)["eval/accuracy"]
     assert (low, high) == (pytest.approx(2 / 3), 1) == (metrics["accuracy_low"], metrics["accuracy_high"])
     alone = evaluated(frame[:3])  # a share is a weight: what all rows have in common cancels
@@ -128,7 +129,7 @@ def test_a_prompt_with_three_comparisons_counts_once():
 def test_soft_labels_and_label_ties():
     frame = by_margins([2.0, -1.0, 1.0], p_chosen=[0.75, 1.0, 0.5], length_chosen=[5, 1, 9], true_margin=[0, 0, 9])
     metrics = evaluated(frame)
-    assert metrics["label_ties"] == 1 and metrics["pairs"] == 3
+    assert metrics["label_ties"] == 1 and metrics["comparisons"] == 3
     assert metrics["accuracy"] == metrics["longer_answer_baseline_accuracy"] == 0.5 == metrics["accuracy_ceiling"]
     loss = [math.log1p(math.exp(-2)) + 0.25 * 2, math.log1p(math.exp(1)), math.log1p(math.exp(-1)) + 0.5 * 1]
     assert metrics["loss"] == pytest.approx(sum(loss) / 3)
@@ -148,7 +149,7 @@ def test_several_sets():
     frame["true_margin"] = [np.nan, np.nan, 1.0, 2.0]
     metrics = evaluated(frame)
     assert (metrics["accuracy"], metrics["x/accuracy"], metrics["y/accuracy"]) == (0.75, 0.5, 1.0)
-    assert metrics["y/s/pairs"] == 1 and metrics["x/loss"] > metrics["y/loss"]
+    assert metrics["y/s/comparisons"] == 1 and metrics["x/loss"] > metrics["y/loss"]
     assert "y/accuracy_ceiling" in metrics and not {"accuracy_ceiling", "x/accuracy_ceiling", "s/accuracy"} & set(
         metrics
     )
@@ -163,7 +164,7 @@ def test_intervals():
     frame = table(rng.normal(size=(60, 2)) + [0.5, 0], true_margin=rng.normal(size=60), prompt=np.arange(60) // 2)
     frame = frame.assign(length_chosen=rng.integers(5, 20, 60), length_rejected=rng.integers(5, 20, 60))
     metrics, intervals = evaluation_metrics(frame, CONFIG), evaluation_intervals(frame, CONFIG)
-    facts = {f"eval/{name}" for name in "pairs prompts reward_min reward_max accuracy_low accuracy_high".split()}
+    facts = {f"eval/{name}" for name in "comparisons prompts reward_min reward_max accuracy_low accuracy_high".split()}
     assert set(intervals) == set(metrics) - facts
     for name in set(intervals) - {"eval/ece"}:  # an absolute value is larger in a resample
         low, high = intervals[name]
@@ -179,8 +180,8 @@ def test_intervals():
 def test_a_reward_that_is_not_finite_leaves_no_number(bad):
     frame = table([[1.0, 0.0], [bad, 0.5], [2.0, 1.0]], subset=["a", "b", "a"], true_margin=1.0)
     metrics, intervals = evaluated(frame), evaluation_intervals(frame, CONFIG)
-    known = "pairs prompts longer_answer_baseline_accuracy prompt_only_baseline_loss accuracy_ceiling".split()
-    known += ["a/pairs", "b/pairs", "a/accuracy", "a/accuracy_low", "a/accuracy_high"]
+    known = "comparisons prompts longer_answer_baseline_accuracy prompt_only_baseline_loss accuracy_ceiling".split()
+    known += ["a/comparisons", "b/comparisons", "a/accuracy", "a/accuracy_low", "a/accuracy_high"]
     assert {name for name, value in metrics.items() if math.isfinite(value)} == set(known)
     assert math.isnan(intervals["eval/loss"][0])
 
@@ -202,7 +203,7 @@ def test_definitions_of_logged_names():
     directions |= {"eval/margin_q05": True, "eval/rb/rewardbench/score": True, "eval/rewardbench2/ties": True}
     directions |= dict.fromkeys(["eval/temperature", "eval/chat/reward_std", "eval/rewardbench/pairs", "eval/x"])
     assert {name: find_metric(name).higher_is_better for name in directions} == directions
-    units = {"", "fraction", "nats", "reward", "pairs", "prompts", "steps", "epochs", "s", "1/s", "10^9 bytes"}
+    units = {"", "fraction", "nats", "reward", "score", "prompts", "steps", "epochs", "s", "1/s", "10^9 bytes"}
     for definition in (*METRICS.values(), *TRAINING_METRICS.values()):
         assert definition.meaning and definition.unit in units
 
@@ -219,3 +220,73 @@ def test_a_new_metric_of_the_texts(monkeypatch):
     assert evaluation_intervals(frame, CONFIG)["eval/x/questions"] == wilson_interval(0.0, 1)
     assert find_metric("eval/y/questions").higher_is_better is False
     assert "questions" not in evaluated(frame.drop(columns="asks"))
+
+
+# ---------------------------------------------------------------- prompts with several answers
+
+
+def group(rewards: list[float], scores: list[float], index: int) -> list[dict]:
+    """The comparisons of a prompt: each two answers with different scores."""
+    pairs = [(a, b) for a in range(len(rewards)) for b in range(len(rewards)) if scores[a] > scores[b]]
+    columns = {"index": index, "prompt": index, "row": index, "id": str(index), "share": 1 / len(pairs)}
+    return [
+        columns
+        | dict(zip(("chosen", "rejected"), pair, strict=True))
+        | {f"reward_{side}": rewards[n] for side, n in zip(("chosen", "rejected"), pair, strict=True)}
+        | {f"score_{side}": scores[n] for side, n in zip(("chosen", "rejected"), pair, strict=True)}
+        for pair in pairs
+    ]
+
+
+def groups(*prompts) -> pd.DataFrame:
+    rows = pd.DataFrame([row for i, prompt in enumerate(prompts) for row in group(*prompt, i)])
+    return table(np.zeros((len(rows), 2)), **rows)
+
+
+def test_best_of_n_and_kendall_by_hand():
+    """A perfect ranking of four; a wrong best answer of three with one swap; two highest rewards, one of them right."""
+    frame = groups(
+        ([4.0, 3.0, 2.0, 1.0], [9.0, 7.0, 5.0, 3.0]),
+        ([1.0, 2.0, 0.0], [5.0, 4.0, 1.0]),
+        ([1.0, 1.0, 0.0], [2.0, 8.0, 2.0]),
+    )
+    metrics = evaluated(frame)
+    assert metrics["comparisons"] == 6 + 3 + 2 and metrics["prompts"] == 3
+    assert metrics["best_of_n_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert metrics["best_of_n_regret"] == pytest.approx((0 + 1 + 3) / 3)
+    # third prompt: pairs (0, 1) tied in reward, (0, 2) tied in score, (1, 2) concordant: 1 / sqrt(2 x 2)
+    assert metrics["kendall_tau"] == pytest.approx((1 + 1 / 3 + 1 / 2) / 3)
+    assert metrics["accuracy"] == pytest.approx((1 + 2 / 3 + (0.5 + 1) / 2) / 3)  # each prompt counts once
+    intervals = evaluation_intervals(frame, CONFIG)
+    assert {"eval/best_of_n_accuracy", "eval/best_of_n_regret", "eval/kendall_tau"} <= set(intervals)
+
+
+def test_equal_rewards_of_a_prompt():
+    metrics = evaluated(groups(([1.0, 1.0, 1.0], [3.0, 2.0, 1.0])))
+    assert (metrics["best_of_n_accuracy"], metrics["best_of_n_regret"]) == (pytest.approx(1 / 3), pytest.approx(1))
+    assert metrics["kendall_tau"] == 0
+
+
+def test_pairs_have_no_metrics_of_groups():
+    frame = table([[1.0, 0.0], [2.0, 0.0]], score_chosen=1.0, score_rejected=0.0)
+    assert not {"best_of_n_accuracy", "best_of_n_regret", "kendall_tau"} & set(evaluated(frame))
+
+
+def test_the_loss_of_a_ranking():
+    """Each prompt counts once: the Plackett-Luce loss of two prompts with two and one choices."""
+    frame = groups(([1.0, 0.0, 2.0], [3.0, 2.0, 1.0]), ([0.5, 3.0], [1.0, 0.0]))
+    options = LossOptions(loss_type="plackett_luce", center_rewards_coefficient=0.1)
+    first = (math.log(1 + math.exp(-1) + math.exp(1)) + math.log(1 + math.exp(2))) / 2 + 0.1 * 2**2
+    second = math.log(1 + math.exp(2.5)) + 0.1 * 3.5**2
+    metrics = evaluation_metrics(frame, options)
+    assert metrics["eval/loss"] == pytest.approx((first + second) / 2)
+    equal = (math.log(3) + math.log(2)) / 2
+    assert metrics["eval/prompt_only_baseline_loss"] == pytest.approx((equal + math.log(2)) / 2)
+    assert evaluated(frame)["loss"] != pytest.approx((first + second) / 2)  # Bradley-Terry
+
+
+def test_the_intraclass_correlation_counts_every_answer_once():
+    """Two prompts with answers 1, 2, 3 and 5, 6, 7: ICC(1) = (MSB - MSW) / (MSB + 2 MSW) = (24 - 1) / (24 + 2)."""
+    scores = [3.0, 2.0, 1.0]
+    metrics = evaluated(groups(([1.0, 2.0, 3.0], scores), ([5.0, 6.0, 7.0], scores)))
+    assert metrics["prompt_icc"] == pytest.approx(23 / 26)

@@ -23,7 +23,7 @@ PAIRS = by_margins(MARGINS)
 
 
 def bins(frame):
-    return frame[["bin", "pairs", "accuracy"]].to_records(index=False).tolist()
+    return frame[["bin", "comparisons", "accuracy"]].to_records(index=False).tolist()
 
 
 def test_by_margin_of_the_model():
@@ -65,7 +65,7 @@ def test_reliability():
     frame = reliability(pd.concat([PAIRS, by_margins([np.inf])], ignore_index=True))
     p = 1 / (1 + np.exp(-np.abs(MARGINS)))
     assert frame["bin"].tolist() == ["0.50 to 0.55", "0.60 to 0.65", "0.85 to 0.90", "0.95 to 1.00"]
-    assert frame["pairs"].tolist() == [2, 1, 2, 1] and frame["accuracy"].tolist() == [0.25, 1.0, 0.5, 1.0]
+    assert frame["comparisons"].tolist() == [2, 1, 2, 1] and frame["accuracy"].tolist() == [0.25, 1.0, 0.5, 1.0]
     assert frame["confidence"].tolist() == pytest.approx([(p[4] + p[5]) / 2, p[3], p[1], p[0]])
     assert frame["low"].tolist() == pytest.approx([0.5, 0.6, 0.85, 0.95])
 
@@ -73,4 +73,12 @@ def test_reliability():
 def test_all_of_them_as_json():
     found = json.loads(json.dumps(slices(PAIRS)))
     assert list(found) == ["by_set", "by_margin", "by_length_difference", "reliability"]
-    assert set(found["by_margin"][0]) == {"bin", "low", "high", "pairs", "accuracy", "accuracy_low", "accuracy_high"}
+    assert set(found["by_margin"][0]) == {
+        "bin",
+        "low",
+        "high",
+        "comparisons",
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+    }

@@ -16,7 +16,14 @@ X, ONES = np.array([1.0, 2.0, 4.0, 9.0]), np.ones(4)
 def test_counts_give_what_repeated_rows_give(name):
     """A value and its interval are one definition: the value for the counts of a resample is that of its rows."""
     rng = np.random.default_rng(0)
-    frame = table(rng.normal(size=(40, 2)), prompt=np.repeat(np.arange(10), 4), margin=rng.random(40))
+    # each prompt text has a pair and a group of three answers with three comparisons
+    sides = np.tile([(0, 1), (0, 1), (1, 2), (0, 2)], (10, 1)).T
+    index = np.repeat(np.arange(20), np.tile([1, 3], 10))
+    columns = {f"{name}_{side}": values[index, n] for name, values in
+               (("reward", rng.normal(size=(20, 3))), ("score", rng.integers(0, 3, (20, 3)).astype(float)))
+               for side, n in zip(("chosen", "rejected"), sides, strict=True)}  # fmt: skip
+    columns |= {"index": index, "chosen": sides[0], "rejected": sides[1]}
+    frame = table(np.zeros((40, 2)), prompt=np.repeat(np.arange(10), 4), margin=rng.random(40), **columns)
     frame = frame.assign(length_chosen=rng.integers(4, 9, 40), weight=rng.random(40), p_chosen=rng.random(40))
     frame = frame.assign(true_margin=rng.normal(size=40), share=np.tile([1.0, 1 / 3, 1 / 3, 1 / 3], 10))
     counts = np.repeat(rng.integers(0, 4, (3, 10)), 4, axis=1).astype(float)
@@ -25,9 +32,8 @@ def test_counts_give_what_repeated_rows_give(name):
     for value, row in zip(found, counts, strict=True):
         rows = np.repeat(np.arange(40), row.astype(int))
         again = np.array([np.sum(rows[:i] == r) for i, r in enumerate(rows)])
-        drawn = frame.iloc[rows].assign(
-            prompt=frame["prompt"].to_numpy()[rows] * 100 + again
-        )  # drawn twice: two prompts
+        drawn = {name: frame[name].to_numpy()[rows] * 100 + again for name in ("prompt", "index")}  # other prompts
+        drawn = frame.iloc[rows].assign(**drawn).sort_values(["index", "chosen", "rejected"])
         if not name.endswith(("spearman", "true_margin")):  # which keep the ranks of the whole table
             assert value == pytest.approx(float(measures(drawn, np.ones(len(rows)), [name])[name]), abs=1e-9)
 

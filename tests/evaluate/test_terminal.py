@@ -30,6 +30,8 @@ def test_the_line_after_an_evaluation():
     assert evaluation_line(200, metrics) == line
     assert evaluation_line(200, metrics, ("eval/accuracy", 0.8451, 150)) == line + "; best 0.845 at step 150"
     assert evaluation_line(200, metrics, ("eval/loss", 0.35, 150)) == line + "; best loss 0.350 at step 150"
+    groups = evaluation_line(200, metrics | {"eval/best_of_n_accuracy": 0.625})
+    assert groups == line.replace(", loss", ", best-of-N accuracy 0.625, loss")
     sets = {"eval/x/accuracy": 0.9, "eval/x/loss": 0.1, "eval/y/accuracy": 0.8, "eval/y/loss": 0.2}
     sets |= {"eval/brief/accuracy": 1.0}  # a subset
     assert "), x 0.900, y 0.800, loss 0.351" in evaluation_line(200, metrics | sets)
@@ -44,6 +46,9 @@ def test_the_final_table(evaluated):
     low, high = intervals["eval/accuracy"]
     assert ["eval/accuracy", f"{metrics['eval/accuracy']:.4g}", f"{low:.4g}", "to", f"{high:.4g}", "fraction"] in lines
     assert {"eval/plain/accuracy", "eval/talk/accuracy"} <= {line[0] for line in lines}
+    assert ["eval/prompts", "200", "prompts"] in lines and "best_of_n" not in text
+    groups = shown(final_table(summary | {"eval/best_of_n_accuracy": 0.5}, intervals))
+    assert ["eval/best_of_n_accuracy", "0.5", "fraction"] in [line.split() for line in groups.splitlines()]
     assert ["train/steps", "1,200", "steps"] in lines and "nan" in text and "train/loss" not in text
 
 

@@ -3,9 +3,12 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+from runs import reset_accelerate
 
 from rm.data.tokenize import make_tree
+from rm.evaluate import __main__ as program
 from rm.evaluate.evaluator import token_rewards
 
 SIDES = ("chosen", "rejected")
@@ -85,6 +88,36 @@ def test_a_run_records_them(train):
                 assert last.strip() == "<|end|>" and reward == pytest.approx(record[f"reward_{side}"], abs=1e-5)
                 text = "".join(piece for piece, _ in record[f"token_rewards_{side}"])
                 assert f"{record[side]} <|end|>".endswith(text.strip())  # from where the answers part
+
+
+def test_a_run_records_groups(train, capsys):
+    """Answers from the best to the worst rank in the data; rewards and ranks of the table of answers of the best step,
+    although it is not the last one; the same mistakes again by `rm.evaluate`."""
+    options = ["--dataset_name=toy_groups", "--eval_steps=2", "--metric_for_best_model=eval/margin"]
+    options += ["--load_best_model_at_end", "--greater_is_better=false", "--num_print_samples=2"]
+    summary, folder = train("out", *options)
+    step = summary["train/best_step"]
+    answers = pd.read_parquet(folder / f"eval/step-{step}-answers.parquet")
+    files = [(folder / name).read_text() for name in (f"samples/step-{step}.jsonl", "mistakes.jsonl")]
+    samples, mistakes = ([json.loads(line) for line in file.splitlines()] for file in files)
+    assert step == 2 and len(samples) == 2 and len(mistakes) > 2
+    assert len({record["id"] for record in mistakes}) == len(mistakes)  # one for each prompt
+    for record in [*samples, *mistakes]:
+        own = answers[answers["id"] == record["id"]].sort_values("score", ascending=False)
+        for place, (answer, reward) in enumerate(zip(record["answers"], own["reward"], strict=True)):
+            assert answer["reward"] == pytest.approx(reward) and answer["score"] == -1 - place
+            assert answer["rank"] == 1 + (own["reward"] > reward).sum()
+            assert answer["is_inverted"] == bool((own["reward"][place:] > reward).any())
+            (*_, (last, reward)) = answer["token_rewards"]
+            assert last.strip() == "<|end|>" and reward == pytest.approx(answer["reward"], abs=1e-5)
+            text = "".join(piece for piece, _ in answer["token_rewards"])
+            assert f"{answer['text']} <|end|>".endswith(text.strip())  # from where the answers part
+    assert all(record["correct"] != "right" and record["accuracy"] < 1 for record in mistakes)
+    reset_accelerate()
+    program.main([f"--model={folder}", "--mistakes=3", f"--output={folder / 'again'}"])
+    again = [json.loads(line) for line in (folder / "again" / "mistakes.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in again] == [record["id"] for record in mistakes[:3]]
+    assert "3 worst mistakes" in capsys.readouterr().out and again[0]["answers"][0]["token_rewards"]
 
 
 def test_an_encoder_run_has_no_token_rewards(tmp_path, train, capsys):

@@ -6,12 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_classifier, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from tiny import base, load, options
 
 from rm.config.errors import InputError
 from rm.model.load import load_saved_model, load_tokenizer
 
+WEIGHTS = "model.safetensors"
 LATIN = '"\u00e9"'.encode("latin-1")  # a letter whose byte is not UTF-8
 
 
@@ -92,7 +95,7 @@ def test_saved_model(model, tmp_path):
         tiny_classifier("llama", num_labels=labels).save_pretrained(tmp_path / f"{labels}")
         tiny_tokenizer().save_pretrained(tmp_path / f"{labels}")
     load_saved(str(tmp_path / "1"))
-    with pytest.raises(InputError, match=r"score.weight has the shape \[2, 32\]; .* \[1, 32\]"):
+    with pytest.raises(InputError, match=r"score.weight has the shape \[2, 32\]; .* \[1, 32\].* num_labels=2: "):
         load_saved(str(tmp_path / "2"))
     with pytest.raises(InputError, match="is not a trained reward model: it lacks score.weight"):
         load_saved(base())
@@ -101,6 +104,24 @@ def test_saved_model(model, tmp_path):
         with pytest.raises(InputError, match=message.replace("'model'", "'.*/model'")):
             load_saved(model(spoil, str(tmp_path / "1")))
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "value_head.weight"])
+def test_a_head_of_another_form_is_named(model, caplog, name):
+    path = model(lambda path: save_file(load_file(path / WEIGHTS) | {name: torch.zeros(1, 32)}, path / WEIGHTS))
+    load(path)
+    with pytest.raises(InputError, match="is not a trained reward model: it lacks score.weight"):
+        load_saved_model(path, load_tokenizer(options(path)), options(path))
+    assert caplog.text.count(f"'{path}': its head is of another form and is not used: {name}") == 2
+
+
+def test_a_head_of_one_row_needs_no_num_labels(model, tmp_path):
+    tiny_classifier("llama", num_labels=1).save_pretrained(tmp_path / "one")
+    tiny_tokenizer().save_pretrained(tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    without = {key: value for key, value in config.items() if key not in ("id2label", "label2id", "num_labels")}
+    path = model(put("config.json", json.dumps(without).encode()), str(tmp_path / "one"))
+    load_saved_model(path, load_tokenizer(options(path)), options(path))
 
 
 def test_chat_template_file(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from conftest import COMMON, ENCODERS, EOS, PAD, ROOT, random_pairs, tiny_classifier, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from runs import SMALL, assert_same_bits, in_copy, lines, weights
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import base, load, options
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -237,17 +237,6 @@ def test_models_that_cannot_be_used(tmp_path, caplog):
 def test_an_unknown_architecture_is_one_short_line(tmp_path):
     shutil.copytree(base(), tmp_path / "odd")
     AutoConfig.for_model("clip").save_pretrained(tmp_path / "odd")
-    with pytest.raises(InputError, match="ValueError: Unrecognized configuration class .*CLIPConfig") as error:
+    with pytest.raises(InputError, match="no sequence classifier for the architecture CLIP") as error:
         load(tmp_path / "odd")
     assert len(str(error.value)) < 400 + len(str(tmp_path))
-
-
-def test_heads_of_others_are_named_as_unused(tmp_path, caplog):
-    shutil.copytree(base(), tmp_path / "value")
-    tensors = load_file(tmp_path / "value" / "model.safetensors")
-    save_file(tensors | {"v_head.summary.weight": torch.ones(1, 32)}, tmp_path / "value" / "model.safetensors")
-    caplog.set_level("INFO")
-    load(tmp_path / "value")
-    unused = [message for message in caplog.messages if message.startswith("not used from the checkpoint: ")]
-    assert len(unused) == 1 and "v_head.summary.weight" in unused[0]
-    assert "reward head: new" in caplog.text

@@ -34,7 +34,7 @@ def batch_of(layout):
 
 def gradients(model, layout="shared_prefix") -> dict[str, torch.Tensor]:
     model.zero_grad()
-    chosen_B, rejected_B = concatenated_forward(model, batch_of(layout))
+    chosen_B, rejected_B, _ = concatenated_forward(model, batch_of(layout))
     (chosen_B - 2 * rejected_B).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -247,7 +247,7 @@ def test_reentrant_checkpointing_under_frozen_weights():
     for reentrant in (False, True):
         kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
         model = load(base(), trainable=r"layers\.1\.", **kwargs).train()
-        chosen_B, _ = concatenated_forward(model, batch_of("shared_prefix"))
+        chosen_B, *_ = concatenated_forward(model, batch_of("shared_prefix"))
         chosen_B.sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items()) and len(found[0]) == 10

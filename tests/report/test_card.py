@@ -95,8 +95,8 @@ def results() -> dict:
 
     config = parse_config(["--model_name_or_path=org/base", "--dataset_name=org/pairs", "--use_peft"])
     summary = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.25, "eval/accuracy_high": 0.75, "eval/loss": 0.69}
-    summary |= {"eval/pairs": 10, "train/steps": 5, "speed/train_seconds": 1.5, "output_dir": "runs/x"}
-    summary |= {"eval/easy/accuracy": 0.875, "eval/easy/pairs": 4}
+    summary |= {"eval/comparisons": 10, "train/steps": 5, "speed/train_seconds": 1.5, "output_dir": "runs/x"}
+    summary |= {"eval/easy/accuracy": 0.875, "eval/easy/comparisons": 4}
     return {
         "summary": summary,
         "intervals": {"eval/loss": [0.5, 0.75]},
@@ -120,10 +120,10 @@ def test_what_the_card_says(results):
     assert header.eval_results[0].metric_value == 0.5 and header.eval_results[0].dataset_type == "org/pairs"
     assert "folder = 'me/my-rm'" in block(card) and "num_labels=1, dtype='float32'" in block(card)
     for text in (
-        "| `train` | `org/pairs, split train` | text_implicit_prompt | 12 | 9 | `0000000000000000` |",
-        f"- `train`: 2 pairs {MEANING['over_length']}",
-        f"- `test`: 3 pairs {MEANING['in_train']}",
-        "5 optimizer steps of 64 pairs",
+        "| `train` | `org/pairs, split train` | text_implicit_prompt | 12 | 9 | 9 | `0000000000000000` |",
+        f"- `train`: 2 comparisons {MEANING['over_length']}",
+        f"- `test`: 3 comparisons {MEANING['in_train']}",
+        "5 optimizer steps of 64 prompts with the Bradley-Terry loss",
         '(peft_type `LORA`, r `16`, lora_alpha `32`, lora_dropout `0.05`, target_modules `["q"]`)',
         "| `use_peft` | `true` | `false` |",
         "| `all` | 10 | 0.5 (0.25 to 0.75) | 0.69 (0.5 to 0.75) |",
@@ -164,6 +164,13 @@ def test_the_card_of_an_adapter_that_is_trained_further(train, pretrained, tmp_p
         assert said in (tmp_path / name / "README.md").read_text()
 
 
+def test_of_groups(results):
+    summary, config = results["summary"] | {"eval/best_of_n_accuracy": 0.625}, results["config"]
+    card = model_card(results | {"summary": summary, "config": config | {"loss_type": "plackett_luce"}}, name="x")
+    assert "has the highest score, is 0.625." in card and "64 prompts with the Plackett-Luce loss" in card
+    assert "plackett-luce" in ModelCard(card).data.tags
+
+
 def test_a_metric_that_is_not_finite(results):
     card = model_card(results | {"summary": results["summary"] | {"eval/accuracy": "NaN"}}, name="x")
     assert "| `all` | 10 | NaN (" in card and ModelCard(card).data.eval_results is None
@@ -178,7 +185,7 @@ def test_names_cannot_break_out(results):
     config = results["config"] | {"dataset_name": EVIL, "model_name_or_path": EVIL}
     config |= {"chat_template_kwargs": {EVIL: EVIL}, "lr_scheduler_type": EVIL}
     data["train"]["format"] = "conversation_explicit_prompt"
-    summary = results["summary"] | {f"eval/{EVIL}/accuracy": 0.5, f"eval/{EVIL}/pairs": 1}
+    summary = results["summary"] | {f"eval/{EVIL}/accuracy": 0.5, f"eval/{EVIL}/comparisons": 1}
     evil = results | {
         "data": data,
         "config": config,
@@ -199,7 +206,7 @@ def test_names_cannot_break_out(results):
     plain = re.sub(r"`[^`\n]*`", "", outside.replace(headings[0], ""))  # code is shown as it is
     assert "<script>" not in plain and "owned" not in plain and "\\<script\\>" in headings[0]
     table = [line for line in outside.splitlines() if line.startswith("| `")]
-    assert table and all(len(re.findall(r"(?<!\\)\|", line)) in (4, 5, 7) for line in table)
+    assert table and all(len(re.findall(r"(?<!\\)\|", line)) in (4, 5, 8) for line in table)
 
 
 def test_no_path_and_no_secret_gets_into_the_card(results):

@@ -116,7 +116,11 @@ def make_run(folder: Path, pairs: pd.DataFrame | None = None, text: str = "hello
             pairs.to_parquet(folder / "eval" / f"step-{step}.parquet")
             margin = pairs.reward_chosen - pairs.reward_rejected
             metrics |= {"eval/accuracy": float((margin > 0).mean()), "eval/margin": float(margin.mean())}
-            metrics |= {"eval/pairs": len(pairs), "eval/loss": float(np.log1p(np.exp(-margin)).mean())}
+            metrics |= {
+                "eval/prompts": pairs["prompt"].nunique(),
+                "eval/comparisons": len(pairs),
+                "eval/loss": float(np.log1p(np.exp(-margin)).mean()),
+            }
         lines.append({"step": step, "time": 1.0} | metrics)
         (folder / "samples").mkdir(exist_ok=True)
         record = dict(id="p0", step=step, prompt=text, chosen=text, rejected=text, reward_chosen=step / 10)
@@ -153,7 +157,7 @@ def test_report_of_a_real_run(train, drawn):
     assert value == f"{summary['eval/accuracy']:.4f}"
     assert interval == f"{summary['eval/accuracy_low']:.4f} to {summary['eval/accuracy_high']:.4f}"
     brief = page.row("brief")
-    assert brief[1] == str(summary["eval/brief/pairs"])
+    assert brief[1] == str(summary["eval/brief/comparisons"])
     assert float(brief[2]) == pytest.approx(summary["eval/brief/accuracy"], abs=1e-4)
     assert page.row("kept")[1:3] == ["80", "30"] and page.row("train_batch_size")[1:] == ["16", "null"]
     first = json.loads((folder / "samples" / "step-4.jsonl").read_text().splitlines()[0])
@@ -175,10 +179,12 @@ def test_what_is_shown_is_in_the_files(tmp_path):
     page = Page(report_html([folder]))
     margin = (pairs.reward_chosen - pairs.reward_rejected).to_numpy()
     p = f"{(margin > 0).mean():.3f}"
-    sentence = f"Held-out accuracy is {p} (95% interval 0.60 to 0.80, 24 pairs) after 20 steps; preferring the "
-    assert sentence + "longer answer gives 0.520; the best possible is 0.855." in page.text
+    sentence = f"Held-out accuracy is {p} (95% interval 0.60 to 0.80, 24 comparisons of 12 prompts) "
+    assert (
+        sentence + "after 20 steps; preferring the longer answer gives 0.520; the best possible is 0.855." in page.text
+    )
     assert page.row("eval/margin")[1:3] == [f"{margin.mean():.4f}", "0.5000 to 0.6250"]
-    assert f"24 pairs: {(margin > 0).sum()} right, {(margin < 0).sum()} wrong, 0 ties." in page.text
+    assert f"24 comparisons: {(margin > 0).sum()} right, {(margin < 0).sum()} wrong, 0 ties." in page.text
     assert "rank correlation 0.25 (eval/reward_length_spearman)" in page.text
     assert "rank correlation -0.50 (eval/margin_length_spearman)" in page.text and "true-margin" in page.ids
     assert page.row("10", "+1.000") == ["10", "+1.000", "+0.250", "+0.750"]
@@ -194,7 +200,7 @@ def test_several_sets(train, tmp_path):
     page = Page(report_html([folder]))
     assert {"by-set", "set-curves", "set-0-reward-histogram", "set-1-reliability"} <= set(page.ids)
     assert page.row("plain")[1] == "12" and page.row("talk")[1] == "18"
-    assert "samples" not in page.ids and "No sample pairs" in page.text
+    assert "samples" not in page.ids and "No samples" in page.text
 
 
 def test_a_run_that_is_not_finished(tmp_path):
@@ -208,7 +214,7 @@ def test_a_run_that_is_not_finished(tmp_path):
     folder = make_run(tmp_path / "run", table())
     (folder / "results.json").unlink()
     page = Page(report_html([folder]))
-    assert "pairs) after 20 steps of a run that is not finished." in page.text
+    assert "prompts) after 20 steps of a run that is not finished." in page.text
     assert CURVES | EVALUATION <= set(page.ids) and "No list" not in page.text
 
 
@@ -247,6 +253,33 @@ def test_token_rewards(tmp_path):
     edit(folder / "samples" / "step-20.jsonl", lambda record: record.update(rewards))
     page = Page(report_html([folder]))
     assert page.html.count('dir="auto"><span') == 2 and "<b>one" in page.text
+
+
+def test_groups(tmp_path):
+    """Their answers in the order of the record, with score or share of comparisons won, reward, rank and inversions."""
+    folder, text = make_run(tmp_path / "run"), HOSTILE.replace("\ud800", "")
+    values = [(7.5, 1.0, 0.5, 2, True), (None, 0.5, 2.0, 1, False), (None, None, "NaN", None, False)]
+    keys = ("score", "win_share", "reward", "rank", "is_inverted")
+    answers = [{"text": text} | dict(zip(keys, row, strict=True)) for row in values]
+    group = {"id": "p0", "prompt": "p", "answers": answers, "accuracy": 0.25, "correct": "wrong"}
+    for step, name in ((10, "samples/step-10"), (20, "samples/step-20"), (20, "mistakes")):
+        with (folder / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(group | {"step": step}) + "\n")
+    edit(folder / "results.json", lambda results: results["summary"].update({"eval/best_of_n_accuracy": 0.625}))
+    page = Page(report_html([folder]))
+    assert "best-of-N accuracy is 0.625." in page.text and "The same prompts over training" in page.text
+    assert page.text.count("p0: wrong , accuracy 0.2500") == 2 and page.text.count("p0: right , margin +1.750") == 1
+    assert page.text.count("answer 1: 7.5 reward +0.500, rank 2 inverted") == 2
+    assert page.text.count("answer 2: 50% reward +2.000, rank 1") == 2
+    assert page.row("step", "1: 7.5") == ["step", "1: 7.5", "2: 50%", "3", "accuracy"]
+    assert page.row("10", "+0.500") == ["10", "+0.500", "+2.000", "+nan", "+0.250"]
+    rewards = {"token_rewards": [["", 0.5], ["<b>one", 1.5]]}
+    group["answers"] = [answer | rewards for answer in answers]
+    (folder / "mistakes.jsonl").write_text(
+        json.dumps(group | {"step": 20}) + "\n" + json.dumps(group | {"answers": []})
+    )
+    page = Page(report_html([folder]))
+    assert page.html.count('dir="auto"><span') == 3 and "1 unusable line of mistakes.jsonl" in page.text
 
 
 # ------------------------------------------------------------------------------ damaged and missing files
@@ -356,7 +389,7 @@ def test_leaderboard(tmp_path):
     assert [first[0], second[0]] == ["one", "other"]
     assert first[headers.index("eval/accuracy")] == "0.7500 (0.6000 to 0.8000)"
     assert [row[headers.index("learning_rate")] for row in (first, second)] == ["0.001", "0.002"]
-    assert not {"dataset_name", "commit", "test pairs", "finished"} & set(headers)
+    assert not {"dataset_name", "commit", "test data", "finished"} & set(headers)
     assert "one has the highest eval/accuracy, 0.7500, of 2 runs." in page.text
     assert {"cmp-eval-loss", "cmp-eval-accuracy", "cmp-train-loss"} <= set(page.ids)
 
@@ -380,9 +413,9 @@ def test_runs_on_other_data(tmp_path):
     with (folders[1] / "metrics.jsonl").open("a") as file:
         file.write("[1]\n")
     page = Page(report_html(folders))
-    assert "evaluated on different pairs" in page.text and "b/run: Left out: 1 unusable line of metrics" in page.text
+    assert "evaluated on different data" in page.text and "b/run: Left out: 1 unusable line of metrics" in page.text
     headers, *rows = page.rows[:3]
-    assert [row[headers.index("test pairs")] for row in rows] == ["f" * 12, "0" * 12]
+    assert [row[headers.index("test data")] for row in rows] == ["f" * 12, "0" * 12]
     assert [(row[0], row[headers.index("finished")]) for row in rows] == [("a/run", "no, at step 20"), ("b/run", "yes")]
 
 

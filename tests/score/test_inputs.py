@@ -1,16 +1,21 @@
 """The tokens of everything that can be scored are those of training; and what is wrong with an input, literally."""
 
 import dataclasses
+import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from examples import IDS, TALK, say, word_tokenizer
 
-from rm.data.formats import Encoding, RowError
-from rm.score.scorer import encode_inputs, keys_of
+from rm.data.example import Encoding, RowError
+from rm.data.plan import Layout
+from rm.data.tokenize import Tree
+from rm.score.scorer import Scorer, encode_inputs, form_of
 
 ENCODING = Encoding(vocab_size=29)
 CALL = {"role": "assistant", "content": "b", "tool_calls": [{"name": "city"}]}
-ROWS = {  # a pair as training reads it
+ROWS = {  # a pair or a group as training reads it
     "text": {"chosen": "hi a b", "rejected": "hi a c"},
     "text with a prompt": {"prompt": "hi ", "chosen": "a b", "rejected": "a c"},
     "conversation": TALK | {"tools": [{"name": "city"}], "chat_template_kwargs": {"style": "plain"}},
@@ -18,7 +23,12 @@ ROWS = {  # a pair as training reads it
     "answers of text": {"prompt": say("hi"), "chosen": "a b", "rejected": "c"},
     "tokens": IDS | {"chosen_mask": [1, 1], "rejected_mask": [1, 0]},
     "long": {"prompt": "a b c d e f g ", "chosen": "x y", "rejected": "z"},
-}
+    "group": {"prompt": "hi ", "responses": ["a b", "a c", "d"], "scores": [1, 3, 2]},
+    "group without a prompt": {"responses": ["hi a b", "hi a c", "hi"], "ranks": [2, 1, 3]},
+    "group of messages": {"prompt": say("hi"), "responses": [[CALL], say("c", first="assistant")], "ranks": [1, 2]},
+    "group of tokens": {"input_ids": [[8, 9], [8, 0, 10], [8]], "attention_mask": [[1, 1], [1, 0, 1], [1]],
+                        "comparisons": [[1, 0], [0, 2]]},
+}  # fmt: skip
 
 
 def sequences(trees) -> list:
@@ -29,8 +39,10 @@ def sequences(trees) -> list:
                                      {"chat_template_kwargs": {"style": "date"}}, {"text_as_conversation": True}],
                          ids=lambda changes: ",".join(changes))  # fmt: skip
 @pytest.mark.parametrize("name", ROWS)
-def test_a_pair_has_the_tokens_of_training(data_of, tokenizer, name, changes):
-    trained = {} if name == "text" and "text_as_conversation" in changes else changes  # an error in training
+def test_a_row_has_the_tokens_of_training(data_of, tokenizer, name, changes):
+    trained = (
+        {} if name in ("text", "group without a prompt") and "text_as_conversation" in changes else changes
+    )  # an error in training
     data = data_of([ROWS[name]], **trained)
     (tree,) = encode_inputs([ROWS[name]], tokenizer, dataclasses.replace(ENCODING, **changes))
     assert sequences([tree]) == sequences(data.trees([0])) and len(tree.prefix) == len(data.trees([0])[0].prefix)
@@ -47,8 +59,9 @@ def test_every_form_of_one_answer(tokenizer):
     forms = [{"prompt": prompt, "responses": mixed} for mixed in (answers, ["x", message, "x"], ["x", [message], "x"])]
     forms += [{"prompt": "b", "responses": [record["messages"] for record in whole]}]
     assert sequences(encode_inputs(forms, tokenizer, ENCODING)) == [expected] * 4
-    single = [{"prompt": prompt, "response": answer, "responses": None, "id": 1} for answer in answers]
-    assert sequences(encode_inputs(single, tokenizer, ENCODING)) == [[ids] for ids in expected]
+    for key in ("response", "completion"):
+        single = [{"prompt": prompt, key: answer, "responses": None, "id": 1} for answer in answers]
+        assert sequences(encode_inputs(single, tokenizer, ENCODING)) == [[ids] for ids in expected]
     text = [{"text": "a b"}, {"prompt": "a ", "response": "b"}, {"input_ids": [8, 9, 2]}]
     text += [{"input_ids": [1, 8, 9, 2], "attention_mask": [0, 1, 1, 1]}]
     assert sequences(encode_inputs(text, tokenizer, ENCODING)) == [[[8, 9, 2]]] * 4
@@ -56,12 +69,55 @@ def test_every_form_of_one_answer(tokenizer):
     assert tokenizer.decode(tree.prefix) == start and list(map(len, tree.answers)) == [2, 3, 2]
 
 
+def test_labels_have_no_effect(tokenizer):
+    """Also such as training would reject."""
+    groups = [{"prompt": "a ", "responses": ["b", "c"]}, {"input_ids": [[8, 9], [8, 10]]}]
+    labels = [{}, {"scores": [1, 2]}, {"ranks": [None, 1]}, {"scores": 5, "comparisons": [[0, 7]]}]
+    for group, expected in zip(groups, ([[8, 9, 2], [8, 10, 2]], [[8, 9], [8, 10]]), strict=True):
+        found = encode_inputs([group | label for label in labels], tokenizer, ENCODING)
+        assert sequences(found) == [expected] * 4
+
+
+def test_rendered_text_and_stored_messages_have_the_tokens_of_messages(tokenizer):
+    rendered = "<|user|> hi <|end|> <|assistant|> a <|end|>"
+    records = [{"messages": say("hi", "a")}, {"messages": json.dumps(say("hi", "a"))}, {"text": rendered}]
+    found = sequences(encode_inputs(records, tokenizer, ENCODING))
+    assert found == [found[0]] * 3 and tokenizer.decode(found[0][0]) == rendered
+
+
 def test_the_first_form_decides(tokenizer):
-    record = {"input_ids": [8], "chosen": "a", "rejected": "b", "prompt": "c ", "response": "d", "text": "e"}
-    order = [("input_ids",), ("chosen", "rejected"), ("prompt", "response"), ("text",)]
-    for keys in order:
-        assert keys_of(record) == keys
+    record = {"input_ids": [8], "chosen": "a", "rejected": "b", "responses": ["x"], "prompt": "c ", "response": "d"}
+    record |= {"completion": "d", "text": "e"}
+    order = [("input_ids",), ("chosen", "rejected"), ("responses",), ("prompt", "response"), ("prompt", "completion")]
+    for keys in (*order, ("text",)):
+        assert form_of(record) == (keys, "responses" if keys == ("responses",) else "")
         record[keys[-1]] = None
+    assert form_of({"input_ids": [[8], [9]], "prompt": "c "}) == (("input_ids",), "input_ids")
+
+
+@pytest.mark.parametrize(("name", "limit", "sizes"), [
+    ("shared_prefix", 100, [4]), ("shared_prefix", 10, [2, 2]), ("shared_prefix", 3, [1, 1, 1, 1]),
+    ("concatenated", 100, [1, 1, 1, 1]),
+])  # fmt: skip
+def test_a_tree_is_split_only_to_fit_into_a_forward_pass(name, limit, sizes):
+    """A prefix of 4 tokens and four answers of 3."""
+    tree = Tree(np.arange(4), [np.arange(3) + n for n in range(4)])
+    parts = Scorer._split(SimpleNamespace(layout=Layout(name, 0), micro_batch_tokens=limit), tree)
+    assert [len(part.answers) for part in parts] == sizes
+    assert np.concatenate([ids for part in parts for ids in part.answers]).tolist() == [
+        0,
+        1,
+        2,
+        1,
+        2,
+        3,
+        2,
+        3,
+        4,
+        3,
+        4,
+        5,
+    ]
 
 
 BAD = [
@@ -77,7 +133,7 @@ BAD = [
     ({"prompt": "a", "responses": "b"}, "'responses' must be a list, and not empty"),
     ({"prompt": "a", "responses": ["b", ""]}, "'responses[1]' is blank"),
     ({"prompt": "a", "responses": ["b", 4]}, "'responses[1]' is a number, expected text or messages"),
-    ({"prompt": "a", "response": say("b")}, "'prompt' is text, but not a message of 'response'; "),
+    ({"prompt": "a", "response": say("b")}, "'prompt' is text, 'response' is one message of user; "),
     ({"prompt": say("a"), "response": {"role": "assistant"}}, "response[0]['content'] is missing (null), expected"),
     ({"messages": []}, "'messages' must be a list, and not empty"),
     ({"messages": say("a", "")}, "'messages' is blank"),
@@ -89,6 +145,12 @@ BAD = [
     ({"input_ids": [8, "a"]}, "'input_ids' is not a list of whole numbers"),
     ({"input_ids": [8, 9], "attention_mask": [1]}, "'input_ids' needs an attention mask of as many 0s and 1s"),
     ({"input_ids": [8, 9], "attention_mask": [0, 0]}, "'input_ids' has no tokens"),
+    ({"input_ids": []}, "'input_ids' has no tokens"),
+    ({"input_ids": [[8], 9]}, "'input_ids[1]' is not a list of whole numbers"),
+    ({"input_ids": [[8], [9, 99]]}, "'input_ids[1]' has token ids from 9 to 99, the tokenizer 0 to 28"),
+    ({"input_ids": [[8], []]}, "'input_ids[1]' has no tokens"),
+    ({"input_ids": [[8], [9]], "attention_mask": [[1]]}, "'attention_mask' needs a list for each of the 2 answers"),
+    ({"prompt": "a", "completion": ""}, "'completion' is blank"),
     (RowError("not JSON"), "not JSON"),
 ]  # fmt: skip
 

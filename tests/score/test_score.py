@@ -4,10 +4,12 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from types import SimpleNamespace
 
+import examples
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,10 +23,11 @@ from rm.evaluate import __main__ as evaluate
 from rm.model.saved import reward_scale, sample_of
 from rm.score import __main__ as score
 from rm.score import load_scorer
-from rm.score.__main__ import open_output
+from rm.score.__main__ import is_same, open_output
 from rm.score.scorer import ACCEPTED, encode_inputs, score_prompts
 
 ASK = [{"role": "user", "content": "be brief. tell me how to make tea."}]
+PAGE = (ROOT / "docs" / "scoring_and_serving.md").read_text(encoding="utf-8")
 TEXT = "<|user|>be brief. tell me how to make tea.<|end|><|assistant|>"
 ANSWERS = ["gladly, boil water.", "no.", "what a silly question. boil water."]
 
@@ -240,6 +243,108 @@ def test_a_line_is_answered_before_later_windows_are_read(folders, monkeypatch, 
     assert read_so_far == [0, 0, 0, 3, 0, 0, 3, 0]
 
 
+GROUPS = [
+    {"id": "a", "prompt": ASK, "responses": ANSWERS, "scores": [3, 1, 2], "comparisons": [[0, 1]], "models": [1, 2, 3]},
+    {"id": "b", "input_ids": [[5, 6, 7], [5, 0, 8]], "attention_mask": [[1, 1, 1], [1, 0, 1]], "ranks": [1, 2]},
+    {"id": "c", "prompt": ASK, "responses": ["no.", "no."], "scores": [1]},
+    {"id": "d", "text": "no."},
+]
+
+
+def test_rank_sorts_the_answers_of_a_group(folders, command, monkeypatch, tmp_path):
+    rewards = [np.array(row) for row in ([-1.0, 2.0, 0.5], [0.25, 0.75], [1.0, 1.0], [4.0])]
+    monkeypatch.setattr(score.Scorer, "results", lambda self, records: rewards)
+    model = f"--model={folders('full')}"
+    command(model, "--input=x.jsonl", "--output=y.jsonl", "--rank", lines=GROUPS)
+    groups, tokens, equal, text = read(tmp_path / "y.jsonl")
+    assert groups == {
+        "line": 1, "id": "a", "prompt": ASK, "responses": [ANSWERS[1], ANSWERS[2], ANSWERS[0]], "scores": [1, 2, 3],
+        "models": [1, 2, 3], "rewards": [2.0, 0.5, -1.0], "ranking": [1, 2, 0],
+    }  # fmt: skip
+    assert tokens == {
+        "line": 2, "id": "b", "input_ids": [[5, 0, 8], [5, 6, 7]], "attention_mask": [[1, 0, 1], [1, 1, 1]],
+        "ranks": [2, 1], "rewards": [0.75, 0.25], "ranking": [1, 0],
+    }  # fmt: skip
+    assert equal == GROUPS[2] | {"line": 3, "rewards": [1.0, 1.0], "ranking": [0, 1]}  # in the order of the input
+    assert text == GROUPS[3] | {"line": 4, "reward": 4.0}
+    command(model, "--input=x.jsonl", "--output=z.jsonl", "--rank", "--only_rewards")
+    assert read(tmp_path / "z.jsonl")[0] == {"line": 1, "id": "a", "rewards": [2.0, 0.5, -1.0], "ranking": [1, 2, 0]}
+    command(model, "--input=x.jsonl", "--output=v.jsonl")
+    added = {"line": 2, "rewards": [0.25, 0.75], "best": 1, "best_response": [5, 0, 8]}
+    assert read(tmp_path / "v.jsonl")[1] == GROUPS[1] | added
+
+
+def test_ranked_lines_are_group_data(folders, command, own_cache, tmp_path):
+    """As docs/scoring_and_serving.md makes them: the rewards become the scores; a line with an error is left out."""
+    lines = [GROUPS[0], {"id": "x", "text": 5}, GROUPS[0] | {"id": "e", "scores": None}]
+    command(f"--model={folders('full')}", "--input=x.jsonl", "--output=ranked.jsonl", "--rank", lines=lines)
+    (code,) = re.findall(r"^```python\n(from datasets import load_dataset\n.*?)^```$", PAGE, re.M | re.S)
+    exec(code)
+    data = examples.read("groups.jsonl", load_scorer(folders("full")).tokenizer)
+    ranked = read(tmp_path / "ranked.jsonl")[0]
+    assert len(data) == 2 and data.ids([0, 1]) == ["a", "e"]
+    assert data.texts(0)["answers"] == ranked["responses"]
+    assert ranked["rewards"] == sorted(ranked["rewards"], reverse=True)
+    assert data.answers["score"].tolist() == pytest.approx(ranked["rewards"] * 2)
+    assert data.comparisons[["chosen", "rejected"]].to_numpy().tolist() == [[0, 1], [0, 2], [1, 2]] * 2
+    (again,) = load_scorer(folders("full")).rewards([ranked])
+    np.testing.assert_allclose(again, ranked["rewards"], atol=1e-5)
+
+
+def test_what_is_written_is_json(folders, command, tmp_path):
+    """NaN, Infinity and numbers beyond float64 in the input; a line that is nested too deeply is an error."""
+    numbers = '"odd": [NaN, {"a": 1e999}], "scores": [-Infinity]'
+    deep = '{"text": "no.", "odd": ' + "[" * 600 + "]" * 600 + "}"
+    lines = [f'{{"prompt": "a", "responses": ["no."], {numbers}}}', '{"id": NaN, "text": 5}', deep]
+    assert command(f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", lines=lines)[0] == 0
+
+    def not_json(name):
+        raise AssertionError(name)
+
+    rows = [json.loads(line, parse_constant=not_json) for line in (tmp_path / "y.jsonl").read_text().splitlines()]
+    assert (rows[0]["odd"], rows[0]["scores"]) == (["NaN", {"a": "Infinity"}], ["-Infinity"])
+    assert rows[1]["id"] == "NaN" and rows[2]["error"].startswith("not JSON: maximum recursion depth")
+
+
+def test_an_output_of_another_model_input_or_option_is_not_continued(folders, command, tmp_path):
+    args = [f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl"]
+    command(*args, lines=LINES[:1])
+    whole = (tmp_path / "y.jsonl").read_bytes()
+    refused = "y.jsonl: it is of another input, model or options; give another --output, or remove it"
+    other = [LINES[0] | {"responses": ANSWERS[::-1]}], [LINES[0] | {"id": "z"}], [LINES[3]], ["no JSON"], []
+    for options, lines in (
+        ([*args, "--normalize"], None), ([*args, "--only_rewards"], None), ([*args, "--rank"], None),
+        ([*args, "--max_length=5"], None), ([f"--model={folders('bert')}", *args[1:]], None),
+        *((args, [*lines, *LINES[1:]] if lines else []) for lines in other),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=refused):
+            command(*options, lines=lines)
+        assert (tmp_path / "y.jsonl").read_bytes() == whole
+        (tmp_path / "x.jsonl").write_text(json.dumps(LINES[0]) + "\n")
+    assert command(*args, "--micro_batch_tokens=20", "--layout=concatenated")[0] == 0  # changes no reward
+
+
+def test_equal_answers_but_for_rounding():
+    now = {"line": 3, "responses": ["a", "b"], "rewards": [2.0, 1.0], "best": 0, "best_response": "a"}
+    same = now | {"rewards": [2.00019, 1.0]}, now | {"best": 1, "best_response": "b"}
+    other = now | {"rewards": [2.001, 1.0]}, now | {"rewards": [2.0]}, now | {"line": 4}, now | {"responses": ["a"]}
+    assert [is_same(last, now, 1e-4) for last in (*same, *other)] == [True, True, False, False, False, False]
+    error = {"line": 3, "error": "'text' is blank"}
+    assert is_same(error, error, 1e-4) and not is_same(error, now, 1e-4)
+    ranked = {"line": 3, "responses": ["a", "b"], "rewards": [1.0, 1.0], "ranking": [0, 1]}
+    assert is_same(ranked, ranked | {"responses": ["b", "a"], "ranking": [1, 0]}, 1e-4)
+
+
+def test_the_same_options_continue(folders, command):
+    args = [f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", "--normalize", "--rank"]
+    command(*args, lines=LINES[:2] + GROUPS[:2])
+    assert "0 lines" in command(*args)[1]
+    assert load_scorer(folders("full")).rounding == 1e-4
+    assert load_scorer(folders("full"), eval_dtype="bfloat16").rounding == load_scorer(folders("bf16")).rounding == 5e-2
+    scaled = load_scorer(folders("full"), normalize=True)
+    assert scaled.std < 1 and scaled.rounding == 1e-4 / scaled.std
+
+
 def test_goes_on_where_an_output_ends(folders, command, tmp_path):
     args = [f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl", "--window_size=2"]
     command(*args, lines=LINES)
@@ -267,7 +372,7 @@ def test_refuses_to_continue_what_is_not_its_output(folders, command, tmp_path):
 
 def test_two_programs_do_not_write_one_output(tmp_path):
     with open_output(tmp_path / "y") as (_, last), pytest.raises(InputError, match="another program is writing it"):
-        assert last == 0
+        assert last == {}
         with open_output(tmp_path / "y"):
             pass
 

@@ -36,7 +36,7 @@ def evaluated(folder, pair: list, tmp_path) -> list[float]:
     file.write_text(json.dumps(dict(zip(("chosen", "rejected"), pair, strict=True))))
     reset_accelerate()
     metrics = evaluate.main([f"--model={folder}", f"--dataset_name={file}"])
-    assert metrics["eval/pairs"] == 1
+    assert metrics["eval/comparisons"] == 1
     return [metrics["eval/reward_chosen"], metrics["eval/reward_rejected"]]
 
 

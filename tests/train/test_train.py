@@ -16,7 +16,7 @@ from rm.log.token_html import token_rewards_page
 
 def test_a_run_leaves_everything_it_promises(train):
     summary, folder = train("run", "--eval_steps=2", "--save_steps=2")
-    assert summary["train/steps"] == 4 and summary["eval/pairs"] == 30
+    assert summary["train/steps"] == 4 and summary["eval/comparisons"] == 30
     assert 0 <= summary["eval/accuracy"] <= summary["eval/accuracy_high"] <= 1
     assert {"eval/accuracy_ceiling", "eval/spearman_true_margin", "train/loss", "speed/pairs_per_second"} <= set(
         summary
@@ -82,7 +82,7 @@ def test_lora_on_a_pretrained_model_with_pad_equal_to_eos(train, tiny_model_fold
         "--max_train_samples=none",
     ]
     summary, out = train("lora", *options, "--max_eval_samples=none")
-    assert summary["eval/pairs"] == 10
+    assert summary["eval/comparisons"] == 10
     assert (out / "adapter_config.json").exists() == (merge == "false")
     assert (out / "model.safetensors").exists() == (merge == "true")
 

@@ -1,0 +1,105 @@
+"""Rows of the token cache that share a prompt become one prompt; a prompt with too many answers becomes several."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rm.data.audit import DROPPED, NOTED
+from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
+from rm.data.tokenize import make_tree
+
+Row = dict[str, Any]  # a row of the token cache, see `rm.data.cache`
+
+
+def same_prompt(prompts: Sequence[int]) -> list[list[int]]:
+    """The rows of each prompt (given by its hash), in the order in which the prompts appear."""
+    rows: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    return list(rows.values())
+
+
+def merge_rows(rows: Sequence[Row]) -> Row:
+    """One prompt with all answers and comparisons of `rows`, whose prompts are equal.
+
+    Answers with the same tokens are one answer, with the numbers of the first. All comparisons are kept, also
+    repeated and contradictory ones. `id` and `subset` are those of the first row.
+    """
+    sequences: dict[int, np.ndarray] = {}  # by hash, in the order of the answers
+    place_of: dict[int, int] = {}
+    merged: Row = {name: [] for name in ("chosen", "rejected", "row", "answer", "answer_row", *COMPARISON_COLUMNS)}
+    merged |= {name: [] for name in ANSWER_COLUMNS}
+    for row in rows:
+        for n, (content, tokens) in enumerate(zip(row["answer_hash"], row["answer_ids"], strict=True)):
+            if content not in sequences:
+                place_of[content] = len(sequences)
+                sequences[content] = np.array([*row["prefix_ids"], *tokens], np.int32)
+                for name in ("answer", "answer_row", *ANSWER_COLUMNS):
+                    merged[name].append(row[name][n])
+        for side in ("chosen", "rejected"):
+            merged[side] += [place_of[row["answer_hash"][n]] for n in row[side]]
+        for name in ("row", *COMPARISON_COLUMNS):
+            merged[name] += row[name]
+    merged |= {name: rows[0][name] for name in ("id", "subset", "prompt")}
+    merged |= {count: sum(row[count] for row in rows) for count in (*NOTED, *DROPPED)}
+    return merged | with_tree(sequences)
+
+
+def with_tree(sequences: dict[int, np.ndarray]) -> Row:
+    """The token columns of a prompt; `sequences` by their hashes, prompt included."""
+    tree = make_tree(list(sequences.values())) if sequences else None
+    prefix, answers = (tree.prefix, tree.answers) if tree else (np.zeros(0, np.int32), [])
+    lengths = {"prefix_length": len(prefix), "answer_lengths": [len(answer) for answer in answers]}
+    return {"prefix_ids": prefix, "answer_ids": answers, "answer_hash": list(sequences)} | lengths
+
+
+def split_row(row: Row, max_answers: int) -> Iterator[Row]:
+    """The prompt as several with at most `max_answers` answers each; the first one has the counts of the audit.
+
+    Comparisons between answers in different parts are dropped, and counted as "split".
+    """
+    pairs = list(zip(row["chosen"], row["rejected"], strict=True))
+    parts = partition(len(row["answer_ids"]), pairs, max_answers)
+    part_of = {n: p for p, part in enumerate(parts) for n in part}
+    for p, part in enumerate(parts):
+        kept = [c for c, (chosen, rejected) in enumerate(pairs) if part_of[chosen] == part_of[rejected] == p]
+        piece = {name: [row[name][n] for n in part] for name in ("answer", "answer_row", *ANSWER_COLUMNS)}
+        piece |= {name: [row[name][c] for c in kept] for name in ("row", *COMPARISON_COLUMNS)}
+        piece |= {side: [part.index(row[side][c]) for c in kept] for side in ("chosen", "rejected")}
+        piece |= {name: row[name] for name in ("subset", "prompt")}
+        piece |= {"id": row["id"] if len(parts) == 1 else f"{row['id']}.{p + 1}"}
+        piece |= {count: row[count] if p == 0 else 0 for count in (*NOTED, *DROPPED)}
+        if p == 0:
+            piece["split"] += sum(part_of[chosen] != part_of[rejected] for chosen, rejected in pairs)
+        sequences = {row["answer_hash"][n]: np.array([*row["prefix_ids"], *row["answer_ids"][n]]) for n in part}
+        yield piece | with_tree(sequences)
+
+
+def partition(num_answers: int, pairs: Sequence[tuple[int, int]], max_answers: int) -> list[list[int]]:
+    """Disjoint sets of at most `max_answers` answers that keep most compared `pairs` together; each set sorted.
+
+    A set grows by the answer with the most comparisons with it. Sets that have no comparison with each other share a
+    prompt where they fit, since the prompt is then computed once.
+    """
+    links: Counter[tuple[int, int]] = Counter()
+    for chosen, rejected in pairs:
+        links[chosen, rejected] += 1
+        links[rejected, chosen] += 1
+    left, sets = set(range(num_answers)), []
+    while left:
+        members = [max(left, key=lambda n: (sum(links[n, other] for other in left), -n))]
+        left -= set(members)
+        while left and len(members) < max_answers:
+            nearest = max(left, key=lambda n: (sum(links[n, member] for member in members), -n))
+            if not any(links[nearest, member] for member in members):
+                break
+            members.append(nearest)
+            left.remove(nearest)
+        sets.append(members)
+    parts: list[list[int]] = []
+    for members in sorted(sets, key=len, reverse=True):  # first-fit decreasing
+        home = next((part for part in parts if len(part) + len(members) <= max_answers), None)
+        home.extend(members) if home is not None else parts.append(list(members))
+    return sorted(sorted(part) for part in parts)
