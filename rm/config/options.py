@@ -1,7 +1,7 @@
-"""`RewardConfig`: every option of a run. Each package has a section; a function takes the section that it needs.
+"""`RewardConfig`: every option of a run, in one section per subject. A function takes the section that it needs.
 
-Names are those of TRL and transformers wherever the meaning is the same. The text at the top of a section is its title
-on the help page. Options without `may_change_on_resume` must be the same when a run is resumed.
+Names are those of TRL and transformers wherever the meaning is the same. The docstring of a section is its title on the
+help page. Options without `may_change_on_resume` must be the same when a run is resumed.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ class BackboneOptions(Section):
     disable_dropout: bool = option(True, "set every dropout of the base model to 0 (lora_dropout is separate)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third more time", may_change_on_resume=True)
     gradient_checkpointing_kwargs: dict[str, Any] | None = option(None, "arguments of torch.utils.checkpoint, as a dict; none: use_reentrant=False", needs="gradient_checkpointing", may_change_on_resume=True)
-    chat_template_path: str | None = option(None, "Jinja file, or folder of a tokenizer, whose chat template is used; none: that of the tokenizer", compared_by_content=True)
+    chat_template_path: str | None = option(None, "chat template: a Jinja file, or a folder with a tokenizer; none: the template of the tokenizer of the model", compared_by_content=True)
     trainable: str | None = option(None, "regular expression searched in parameter names: only matching parameters and the head are trained; none: all", excludes="use_peft")
-    use_peft: bool = option(False, "train an adapter and the head instead of all weights; if model_name_or_path is an adapter, that one is trained")
+    use_peft: bool = option(False, "train an adapter and the head instead of all weights; if model_name_or_path is an adapter, training continues with it")
     peft_config: str | None = option(None, "JSON or YAML file with the config of any PEFT method (peft_type: IA3, ...), instead of the lora_ options; none: LoRA", needs="use_peft", compared_by_content=True)
     merge_adapter: bool = option(False, "save the final model with the adapter merged into the weights (the adapter itself goes to adapter/)", needs="use_peft", may_change_on_resume=True)
 
@@ -49,11 +49,11 @@ class LoraOptions(Section):
     """LoRA"""
     lora_r: int = option(16, "rank", gt=0, needs="use_peft", excludes="peft_config")
     lora_alpha: int = option(32, "scale: the update is multiplied by lora_alpha / lora_r", gt=0, needs="use_peft", excludes="peft_config")
-    use_rslora: bool = option(False, "multiply by lora_alpha / sqrt(lora_r) instead (rank-stabilized LoRA)", needs="use_peft", excludes="peft_config")
-    use_dora: bool = option(False, "train the norm of each column of weights separately (DoRA)", needs="use_peft", excludes="peft_config")
+    use_rslora: bool = option(False, "rank-stabilized LoRA: multiply the update by lora_alpha / sqrt(lora_r)", needs="use_peft", excludes="peft_config")
+    use_dora: bool = option(False, "DoRA: train the norm of each weight column separately", needs="use_peft", excludes="peft_config")
     lora_dropout: Fraction = option(0.05, "dropout on the input of the adapter; 0: off", needs="use_peft", excludes="peft_config")
     lora_target_modules: str | list[str] | None = option(None, "layer names, or all-linear; none: chosen by PEFT for the architecture", needs="use_peft", excludes="peft_config")
-    lora_target_parameters: list[str] | None = option(None, "names of parameters that are not in a layer of their own, such as mlp.experts.gate_up_proj; none: layers only", needs="use_peft", excludes="peft_config")
+    lora_target_parameters: list[str] | None = option(None, "names of parameters that are not the weight of a layer, such as mlp.experts.gate_up_proj; none: layers only", needs="use_peft", excludes="peft_config")
     lora_modules_to_save: list[str] | None = option(None, "modules trained in full besides the head, and saved with the adapter; none: the head alone", needs="use_peft", excludes="peft_config")
 
 class QuantizationOptions(Section):
@@ -66,7 +66,7 @@ class QuantizationOptions(Section):
     bnb_4bit_quant_storage: Literal["uint8", "float16", "float32", "float64", "bfloat16"] | None = option(None, "torch type in which 4-bit weights are stored; none: uint8", needs="load_in_4bit")
 
 class ModelOptions(QuantizationOptions, LoraOptions, BackboneOptions):
-    """Everything that decides which model is trained."""
+    """All options that determine the model."""
 
 class DatasetOptions(Section):
     """Data"""
@@ -93,8 +93,8 @@ class DatasetOptions(Section):
     preference_column: str | None = option(None, "data column that says which of two answers is better, in a known layout (safer_response_id); none: that of the layout", min_length=1)
     margin_from_scores: bool = option(False, "margin = difference of the two answers' scores (score_chosen, score_rejected; or scores)")
     equal_scores: Literal["drop", "tie"] = option("drop", "answers of a group with equal scores: drop (no comparison), or tie (a comparison with probability 0.5)")
-    group_by_prompt: bool = option(False, "make one group of all pairs that share a prompt, and compute each of its answers once; every prompt then counts once, whatever the number of its pairs")
-    max_answers: int | None = option(None, "answers of a group; larger groups are split, and comparisons between the parts are dropped; none: no limit", gt=1)
+    group_by_prompt: bool = option(False, "merge all pairs that share a prompt into one group, and compute each of its answers once; every prompt then has the same weight in the loss")
+    max_answers: int | None = option(None, "largest number of answers in a group; larger groups are split, and comparisons between the parts are dropped; none: no limit", gt=1)
     dataset_num_proc: int | None = option(None, "processes that render and tokenize; none: one", gt=0, may_change_on_resume=True)
 
     def check(self) -> None:
@@ -102,21 +102,21 @@ class DatasetOptions(Section):
             given, configs = getattr(self, name), getattr(self, config)
             places = [given] if isinstance(given, str | None) else list(given)
             self.need(places and "" not in places, name, "names no data set")
-            self.need(not (isinstance(given, str) and given.startswith(("[", "{"))), name, "is not a list or dict in JSON; put the names in quotes")
+            self.need(not (isinstance(given, str) and given.startswith(("[", "{"))), name, "is not valid JSON for a list or dict; put the names in quotes")
             count = f"give a list with one for each of the {len(places)} data sets"
             self.need(configs is None or (len(configs) if isinstance(configs, list) else 1) == len(places), config, f"{count}, null for one without")
             self.need(name != "dataset_name" or len(self.dataset_weights or places) == len(places), "dataset_weights", count)
 
 class TokenOptions(Section):
     """Tokens"""
-    max_length: int | None = option(1024, "tokens of one sequence (prompt and answer); none: no limit", gt=0)
+    max_length: int | None = option(1024, "largest number of tokens in a sequence (prompt and answer); none: no limit", gt=0)
     overlength: Literal["drop", "truncate_left"] = option("drop", "what happens to longer sequences: drop them, or cut the start of the prompt (truncate_left)")
-    add_eos: bool = option(True, "append the EOS token to plain text (conversations end as the chat template says)")
-    text_as_conversation: bool | None = option(None, "render plain text with a prompt column by the chat template, as messages of user and assistant; none: only evaluation data, if the model is trained on conversations")
+    add_eos: bool = option(True, "append the EOS token to plain text (the chat template determines the end of conversations)")
+    text_as_conversation: bool | None = option(None, "render plain text with a prompt column by the chat template, as messages of user and assistant; none: only for evaluation data, and only if the model is trained on conversations")
     chat_template_kwargs: dict[str, Any] | None = option(None, "extra variables of the chat template, as a dict")
 
 class DataOptions(TokenOptions, DatasetOptions):
-    """Everything that decides which tokens and columns the data have (with `seed`)."""
+    """All options that determine the tokens and columns of the data (with `seed`)."""
 
 class LossOptions(Section):
     """Loss"""
@@ -136,7 +136,7 @@ class LossOptions(Section):
 
 class TrainOptions(Section):
     """Optimization"""
-    train_batch_size: int | None = option(None, "prompts per optimizer step over all processes (a pair is one prompt); none: 64, or the product of the next two", gt=0)
+    train_batch_size: int | None = option(None, "prompts per optimizer step over all processes (a pair is one prompt); none: 64, or from per_device_train_batch_size and gradient_accumulation_steps", gt=0)
     per_device_train_batch_size: int | None = option(None, "as in TRL: train_batch_size = this x gradient_accumulation_steps x processes; none: 8 if gradient_accumulation_steps is given", gt=0, excludes="train_batch_size")
     gradient_accumulation_steps: int | None = option(None, "factor of per_device_train_batch_size (memory depends on micro_batch_tokens alone); none: 1", gt=0, excludes="train_batch_size")
     learning_rate: float = option(1e-4, "peak learning rate", gt=0)
@@ -156,7 +156,7 @@ class TrainOptions(Section):
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: off (the norm is still logged)", ge=0)
     max_nonfinite_steps: int = option(0, "consecutive steps that may be skipped because their loss or gradient is NaN or infinite; 0: the first one ends the run", ge=0, may_change_on_resume=True)
     neftune_noise_alpha: float | None = option(None, "NEFTune: uniform noise of at most alpha / sqrt(tokens of the row x width) on input embeddings in training; usually 5 to 15; none: off", gt=0)
-    seed: int = option(42, "everything random is a function of (seed, step, process)", ge=0, lt=2**32)
+    seed: int = option(42, "seed; all random numbers are functions of (seed, step, process)", ge=0, lt=2**32)
     full_determinism: bool = option(False, "use deterministic kernels: the same bits on a GPU too, slower")
 
     def check(self) -> None:
@@ -172,12 +172,12 @@ class HardwareOptions(Section):
     """Hardware"""
     micro_batch_tokens: int = option(8192, "tokens per forward pass on one device, padding included; changes memory, not results", gt=0, may_change_on_resume=True)
     auto_find_batch_size: bool = option(False, "out of memory: halve micro_batch_tokens and repeat the step with the same result", may_change_on_resume=True)
-    torch_compile: bool = option(False, "compile the repeated layer (about 15 s a graph, in the first steps): faster in long runs", may_change_on_resume=True)
-    layout: Literal["auto", "shared_prefix", "concatenated"] = option("auto", "how answers become rows; auto: shared_prefix if a start-up check verifies it", may_change_on_resume=True)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "autocast; none: as `accelerate launch` was told")
+    torch_compile: bool = option(False, "compile the repeated layer: faster in long runs; costs about 15 s per graph in the first steps", may_change_on_resume=True)
+    layout: Literal["auto", "shared_prefix", "concatenated"] = option("auto", "rows of a batch: shared_prefix (a prompt, then all its answers), concatenated (one sequence per row), or auto (shared_prefix if a check at the start verifies its rewards)", may_change_on_resume=True)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "type of autocast; none: the setting of `accelerate launch`")
     tf32: bool | None = option(None, "multiply float32 matrices in TF32 (NVIDIA, Ampere or newer); none: chosen by torch")
     use_liger_kernel: bool = option(False, "Liger kernels for norms, MLPs and rotary positions (needs liger-kernel and a GPU)", may_change_on_resume=True)
-    liger_kernel_config: dict[str, bool] | None = option(None, "which Liger kernels, as a dict such as {rope: false}; none: all", needs="use_liger_kernel", may_change_on_resume=True)
+    liger_kernel_config: dict[str, bool] | None = option(None, "Liger kernels to use, as a dict such as {rope: false}; none: all", needs="use_liger_kernel", may_change_on_resume=True)
     activation_offloading: bool = option(False, "keep activations in CPU memory until the backward pass: less memory, more time; needs a GPU", may_change_on_resume=True)
 
 class EvaluateOptions(Section):
@@ -186,12 +186,12 @@ class EvaluateOptions(Section):
     eval_on_start: bool = option(False, "evaluate before the first step too")
     eval_micro_batch_tokens: int | None = option(None, "micro_batch_tokens in evaluation; none: 2 x micro_batch_tokens", gt=0, may_change_on_resume=True)
     eval_dtype: Literal["bfloat16", "float16"] | None = option(None, "cast the weights to this type in evaluations; none: as in training")
-    metric_for_best_model: str | None = option(None, "eval/ metric whose best evaluation gets a checkpoint, which is kept; none: off", pattern="^eval/", fix="must be one of the eval/ metrics, such as eval/loss")
-    greater_is_better: bool | None = option(None, "whether more of metric_for_best_model is better; none: known from its name")
+    metric_for_best_model: str | None = option(None, "eval/ metric that selects the best evaluation; its checkpoint is saved and kept; none: off", pattern="^eval/", fix="must be one of the eval/ metrics, such as eval/loss")
+    greater_is_better: bool | None = option(None, "whether a higher metric_for_best_model is better; none: the known direction of the metric")
     load_best_model_at_end: bool = option(False, "save the weights of the best evaluation instead of the last (by metric_for_best_model, or eval/loss)", needs="eval_steps", may_change_on_resume=True)
     early_stopping_patience: int | None = option(None, "consecutive evaluations without a better metric_for_best_model (or eval/loss) that end the training; none: off", gt=0, needs="eval_steps")
-    early_stopping_threshold: float = option(0.0, "difference that counts as better; 0: any", ge=0, needs="early_stopping_patience")
-    num_print_samples: int = option(4, "held-out rows of each set shown with their rewards at every evaluation; -1: all; 0: off", ge=-1, may_change_on_resume=True)
+    early_stopping_threshold: float = option(0.0, "smallest improvement that counts; 0: any improvement", ge=0, needs="early_stopping_patience")
+    num_print_samples: int = option(4, "held-out prompts of each set shown with their rewards at every evaluation; -1: all; 0: off", ge=-1, may_change_on_resume=True)
 
     def check(self) -> None:
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
@@ -203,14 +203,14 @@ class OutputOptions(Section):
     """Output"""
     output_dir: str | None = option(None, "folder of the run; none: runs/<run_name>", pattern=r"^[^\x00]+$", fix="cannot be written", may_change_on_resume=True)
     overwrite_output_dir: bool = option(False, "allow an output_dir that already holds a run", may_change_on_resume=True)
-    resume_from_checkpoint: str | None = option(None, "checkpoint folder to resume from, or latest: the newest in output_dir (without one, from the start); none: a new run", may_change_on_resume=True)
+    resume_from_checkpoint: str | None = option(None, "checkpoint folder to resume from, or latest (the newest in output_dir; if there is none, start at step 0); none: a new run", may_change_on_resume=True)
     run_name: str | None = option(None, "name of the run; none: <model>-<data set>-<time>", **PLAIN_NAME, may_change_on_resume=True)
     logging_steps: Steps = option(10, "steps between lines of training metrics; below 1: fraction of all steps", gt=0, may_change_on_resume=True)
     save_steps: Steps = option(0, "steps between checkpoints; below 1: fraction of all steps; 0: off (the final model is always saved)", may_change_on_resume=True)
     save_total_limit: int | None = option(None, "checkpoints to keep: the newest ones, and always the best one; none: all", gt=0, may_change_on_resume=True)
     num_normalization_samples: int = option(1024, "random training rows whose rewards give the mean and std that are saved with the model; -1: all; 0: off", ge=-1, may_change_on_resume=True)
     report_to: list[str] = option([], "trackers: wandb, tensorboard, any other of Accelerate, or all", may_change_on_resume=True)
-    project: str = option("reward-model", "project name at the tracker", **PLAIN_NAME, may_change_on_resume=True)
+    project: str = option("reward-model", "project name in the tracker", **PLAIN_NAME, may_change_on_resume=True)
 
     def check(self) -> None:
         resumes = self.resume_from_checkpoint
@@ -234,7 +234,7 @@ class HubOptions(Section):
 class RewardConfig(
     HubOptions, OutputOptions, EvaluateOptions, HardwareOptions, TrainOptions, LossOptions, DataOptions, ModelOptions
 ):
-    """All options of a run, flat, and an instance of every section. (Fields are ordered from the last base on.)"""
+    """All options of a run in one object, which is an instance of every section. The last base has the first fields."""
 
     def check(self) -> None:
         need, has_checkpoints = self.need, self.save_steps or self.metric_for_best_model
@@ -254,19 +254,19 @@ class RewardConfig(
         return self.train_batch_size or 64
 
     def to_yaml(self) -> str:
-        """The configuration as YAML that reads back, without secrets (options that are hidden must be given again)."""
+        """The configuration as YAML for `--config`. Secrets are left out and must be given again."""
         left_out = {name: None for name, field in fields_of(RewardConfig).items() if field.json_schema_extra["secret"]}
         return yaml.safe_dump(redact(dataclasses.asdict(self) | left_out), sort_keys=False, allow_unicode=True)
 
     def resolved(self, num_processes: int, mixed_precision: str) -> dict[str, Any]:
-        """All options with those that depend on the launcher filled in: the record by which runs are compared."""
+        """The record by which runs are compared: all options, with the values that depend on the launcher."""
         batch = dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"))
         batch |= {"train_batch_size": self.global_batch_size(num_processes), "mixed_precision": mixed_precision}
         return dataclasses.asdict(self) | batch
 
 
 def changed_options(before: dict[str, Any], now: dict[str, Any], places_too: bool = False) -> list[str]:
-    """The options of two records (`resolved`) that may not differ on resume and do, each as "key: before -> now".
+    """Options that differ between two records (`resolved`) but must be equal on resume, as "key: before -> now".
 
     `places_too`: also options that are otherwise compared by their content (data sets, models, files).
     """
@@ -274,6 +274,6 @@ def changed_options(before: dict[str, Any], now: dict[str, Any], places_too: boo
     kinds = ("may_change_on_resume",) if places_too else ("may_change_on_resume", "compared_by_content")
     free = {name for name, rule in rules.items() if any(rule[kind] for kind in kinds)}
     if now["early_stopping_patience"] or now["lr_scheduler_type"] in FOLLOW_EVALUATIONS:
-        free -= {"eval_steps"}  # evaluations decide about the training
+        free -= {"eval_steps"}  # evaluations then influence training
     names = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
     return [f"{name}: {before[name]!r} -> {now[name]!r}" for name in names]

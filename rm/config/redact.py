@@ -1,4 +1,4 @@
-"""Configs, command lines and texts without the secrets in them, for whatever is written, shown or uploaded."""
+"""Remove secrets from configs, command lines and texts before they are written, shown or uploaded."""
 
 import ast
 import json
@@ -8,7 +8,7 @@ from typing import Any
 HIDDEN = "[redacted]"
 SECRET_NAMES = {"token", "key", "apikey", "secret", "password", "passwd", "passphrase", "credential", "credentials"}
 TOKEN_KINDS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image"}  # eos_token is not a secret
-COMMIT_NAMES = {"revision", "commit", "sha", "hash", "fingerprint"}  # 40 hexadecimal digits, but not an old W&B key
+COMMIT_NAMES = {"revision", "commit", "sha", "hash", "fingerprint"}  # their values look like an old W&B key
 OLD_WANDB_KEY = r"\b[0-9a-f]{40}\b"
 SECRET_VALUES = r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v\d_\w{20,}|(?<=://)[^/\s'\"]+(?=@)"  # the last: user:password@
 
@@ -16,8 +16,8 @@ SECRET_VALUES = r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v\d_\w{20,}|(?<=://)[^/\s'\"]+(?
 def redact(value: Any, name: str = "") -> Any:
     """A copy of `value` without secrets, at any depth; `name` is the name of the value.
 
-    Hidden are texts and collections under a name with a word such as token, key, secret or password (`hub_token`,
-    `apiKey`; not `eos_token`, not `micro_batch_tokens`), and hub tokens, W&B keys and `user:password@` in any text.
+    Hides texts and collections whose name has a word such as token, key, secret or password (`hub_token`, `apiKey`; not
+    `eos_token`, not `micro_batch_tokens`). In every text, hides hub tokens, W&B keys and `user:password@`.
     """
     words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
     is_secret = words & SECRET_NAMES and not ("token" in words and words & TOKEN_KINDS)
@@ -37,7 +37,7 @@ def redact_arguments(argv: list[str]) -> list[str]:
     """A command line without secrets in `--key=value`, `key=value` and `--key value`, also inside dicts and lists."""
     hidden, name = [], ""
     for argument in argv:
-        is_option = argument.startswith("--")  # otherwise the value of the option before it, if that had none
+        is_option = argument.startswith("--")  # otherwise it may be the value of the option before it
         key, equals, value = (argument if is_option else _redact_argument(argument, name)).partition("=")
         name = key if is_option else name
         hidden.append(redact(key) + equals + _redact_argument(value, key))
@@ -52,7 +52,7 @@ def _redact_argument(text: str, name: str) -> str:
 
 
 def read_literal(text: str) -> Any:
-    """The value of a text in JSON ("true") or Python ("True"); the text if it is neither. Tuples become lists."""
+    """Parse JSON ("true") or a Python literal ("True"); return other texts unchanged. Tuples become lists."""
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)

@@ -1,6 +1,6 @@
-"""What became of every comparison: counts by vectorised comparison of token hashes; a table and a report of them.
+"""Data audit: counts of used, dropped, duplicate and contradictory comparisons, as a table and as a report.
 
-A comparison is known here by two int64 hashes: of the chosen and of the rejected token sequence.
+Two int64 hashes identify a comparison: that of the chosen and that of the rejected token sequence.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from rich.table import Table
 
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
 
-DROPPED = ("over_length", "empty", "identical", "tied", "split")  # the reasons for which a comparison is dropped
-NOTED = ("truncated", "truncated_answer", "ends_with_user")  # what is counted of the kept rows
+DROPPED = ("over_length", "empty", "identical", "tied", "split")  # reasons to drop a comparison
+NOTED = ("truncated", "truncated_answer", "ends_with_user")  # properties of kept rows that are counted
 
 MEANING = {  # the counts, in the order of the table
     "weight": "passes over the data set in an epoch",
@@ -26,7 +26,7 @@ MEANING = {  # the counts, in the order of the table
     "kept": "comparisons used",
     "prompts": "prompts used, each with all its comparisons in one step",
     "prompts_dropped": "prompts dropped: no comparison is left",
-    "drawn": "prompts in an epoch, by the weight",
+    "drawn": "prompts in an epoch, after applying the weight",
     "truncated": "kept, with the start of the prompt removed",
     "truncated_answer": "kept, with the prompt and a part of an answer removed",
     "ends_with_user": "kept, although a conversation ends with a message of the user",
@@ -38,13 +38,13 @@ MEANING = {  # the counts, in the order of the table
     "max_tokens": "tokens in a sequence, longest",
     "mean_shared_prefix": "tokens that the answers of a prompt share, mean",
     "tree_tokens": "tokens of all prompts, each answer computed once",
-    "pair_tokens": "tokens of all comparisons as separate pairs with their prompt once",
+    "pair_tokens": "tokens of all comparisons, each as a tree of its own with two answers",
 }
 
 
 def audit_counts(arrays: dict[str, np.ndarray], dropped: dict[str, int]) -> dict[str, int | float]:
-    """The counts of `MEANING` but those of the train set: of the kept rows' arrays (`arrays_of`) and the dropped
-    comparisons. Data with several comparisons of a prompt have three more."""
+    """The counts of `MEANING` without the overlap with the train set. `arrays`: the kept rows (`arrays_of`). `dropped`:
+    comparisons by reason. If a prompt has several comparisons, there are three more counts."""
     lengths, prefix = arrays["length"], arrays["prefix_length"]
     keys = pd.Series(_keys(arrays["hash_chosen"], arrays["hash_rejected"]))
     trees = lengths.sum() - (prefix * (arrays["num_answers"] - 1)).sum()
@@ -63,14 +63,14 @@ def audit_counts(arrays: dict[str, np.ndarray], dropped: dict[str, int]) -> dict
 
 
 def is_in_train(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> pd.Series:
-    """Of every test comparison whether its two answers are compared in the train set, with whatever label, bool [C]."""
+    """For each test comparison, whether the train set compares the same two answers, with either label; bool [C]."""
     sides = [(arrays["hash_chosen"], arrays["hash_rejected"]) for arrays in (train, test)]
     known, keys = (_keys(np.minimum(*pair), np.maximum(*pair)) for pair in sides)
     return pd.Series(keys).isin(known)
 
 
 def _keys(first_hash: np.ndarray, second_hash: np.ndarray) -> np.ndarray:
-    """One uint64 per comparison, different for (a, b) and (b, a)."""
+    """A uint64 hash of each comparison. (a, b) and (b, a) have different hashes."""
     return first_hash.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + second_hash.view(np.uint64)
 
 
@@ -85,8 +85,8 @@ def fingerprint(arrays: dict[str, np.ndarray]) -> str:
 
 
 def audit_table(train: Any, test: Any) -> Table:
-    """The counts of two `PreferenceData` as a small rich table, a column for each split, and before it one for each of
-    several sets. Rows that are 0 everywhere are left out."""
+    """The counts of two `PreferenceData` as a rich table with one column per split. If a split has several sets, each
+    set has a column too. Rows that are 0 everywhere are left out."""
     audits = {}
     for split, data in (("train", train), ("test", test)):
         audits |= {f"{split}/{name}": part.audit for name, part in data.sets.items() if data.are_several}
@@ -104,8 +104,8 @@ def audit_table(train: Any, test: Any) -> Table:
 
 
 def data_report(train: Any, test: Any) -> dict:
-    """The same for `data_report.json`: source, format, fingerprint and every count of each split, zeros included; of
-    several sets under their names in "sets", after the counts of all of them."""
+    """The content of `data_report.json`: source, format, fingerprint and every count of each split, zeros included.
+    If a split has several sets, "sets" has the same entries for each set."""
     report = {}
     for split, data in (("train", train), ("test", test)):
         sets = {}

@@ -1,4 +1,4 @@
-"""Rows of the token cache that share a prompt become one prompt; a prompt with too many answers becomes several."""
+"""Groups of answers: merge rows of the token cache that share a prompt; split prompts with too many answers."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ Row = dict[str, Any]  # a row of the token cache, see `rm.data.cache`
 
 
 def same_prompt(prompts: Sequence[int]) -> list[list[int]]:
-    """The rows of each prompt (given by its hash), in the order in which the prompts appear."""
+    """The rows of each prompt, in order of first appearance. `prompts`: the hash of the prompt of each row."""
     rows: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
@@ -24,8 +24,8 @@ def same_prompt(prompts: Sequence[int]) -> list[list[int]]:
 def merge_rows(rows: Sequence[Row]) -> Row:
     """One prompt with all answers and comparisons of `rows`, whose prompts are equal.
 
-    Answers with the same tokens are one answer, with the numbers of the first. All comparisons are kept, also
-    repeated and contradictory ones. `id` and `subset` are those of the first row.
+    Answers with equal tokens become one answer, with the columns of the first one. All comparisons are kept, including
+    duplicate and contradictory ones. `id` and `subset` are those of the first row.
     """
     sequences: dict[int, np.ndarray] = {}  # by hash, in the order of the answers
     place_of: dict[int, int] = {}
@@ -48,7 +48,7 @@ def merge_rows(rows: Sequence[Row]) -> Row:
 
 
 def with_tree(sequences: dict[int, np.ndarray]) -> Row:
-    """The token columns of a prompt; `sequences` by their hashes, prompt included."""
+    """The token columns of a prompt. `sequences`: {hash: tokens of prompt and answer}."""
     tree = make_tree(list(sequences.values())) if sequences else None
     prefix, answers = (tree.prefix, tree.answers) if tree else (np.zeros(0, np.int32), [])
     lengths = {"prefix_length": len(prefix), "answer_lengths": [len(answer) for answer in answers]}
@@ -56,9 +56,9 @@ def with_tree(sequences: dict[int, np.ndarray]) -> Row:
 
 
 def split_row(row: Row, max_answers: int) -> Iterator[Row]:
-    """The prompt as several with at most `max_answers` answers each; the first one has the counts of the audit.
+    """Split a prompt into parts with at most `max_answers` answers each. The first part gets all audit counts.
 
-    Comparisons between answers in different parts are dropped, and counted as "split".
+    Comparisons between answers of different parts are dropped and counted as "split".
     """
     pairs = list(zip(row["chosen"], row["rejected"], strict=True))
     parts = partition(len(row["answer_ids"]), pairs, max_answers)
@@ -78,10 +78,10 @@ def split_row(row: Row, max_answers: int) -> Iterator[Row]:
 
 
 def partition(num_answers: int, pairs: Sequence[tuple[int, int]], max_answers: int) -> list[list[int]]:
-    """Disjoint sets of at most `max_answers` answers that keep most compared `pairs` together; each set sorted.
+    """Split the answers into sorted parts of at most `max_answers`. A greedy search keeps compared `pairs` together.
 
-    A set grows by the answer with the most comparisons with it. Sets that have no comparison with each other share a
-    prompt where they fit, since the prompt is then computed once.
+    A set grows by the answer with the most comparisons with its members. Then sets are combined into parts where they
+    fit, because each part computes the prompt again.
     """
     links: Counter[tuple[int, int]] = Counter()
     for chosen, rejected in pairs:

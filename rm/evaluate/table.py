@@ -1,6 +1,6 @@
-"""The evaluation table, with a row for each comparison and its rewards; its slices; the comparison of two models.
+"""The evaluation table (one row per comparison, with rewards), its slices, and the comparison of two models.
 
-A slice has `bin` (its name), `low` and `high` (the values it spans, if it is a range) and the numbers of `accuracy_of`.
+A slice has `bin` (its name), `low` and `high` (the ends of its range, or None) and the numbers of `accuracy_of`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ COMPARED = ("accuracy", "loss", "brier", "ece", "longer_answer_baseline_accuracy
 
 
 def evaluation_table(data: PreferenceData) -> pd.DataFrame:
-    """A row for each comparison, in the order of the data.
+    """One row per comparison, in the order of the data.
 
-    Columns: `id`; `set`; `row` (in the raw data of the set, from 0); `number_chosen`, `number_rejected` (among the
-    answers of the raw data); `prompt` (int64, equal for equal prompts); `index` (of the prompt with all its answers),
-    `chosen`, `rejected` (its answers); `length_chosen`, `length_rejected` (tokens of the whole sequences),
-    `prefix_length` (tokens that all answers share); `share` (1 / comparisons of the prompt); every registered column
-    (`true_margin`, `score_chosen`, `score_rejected` only if there is one); `subset` if a set has it; `TEXT_COLUMNS`;
-    `reward_chosen`, `reward_rejected` (float64, 0 here).
+    Columns: `id`; `set`; `row` (row of the raw data of the set, from 0); `number_chosen`, `number_rejected` (numbers of
+    the answers in the raw data); `prompt` (hash of the prompt, int64); `index` (index of the prompt in `data`);
+    `chosen`, `rejected` (numbers of the answers in that prompt); `length_chosen`, `length_rejected` (tokens of prompt
+    and answer); `prefix_length` (tokens that all answers share); `share` (1 / comparisons of the prompt); `subset` and
+    every registered column that has values; `TEXT_COLUMNS`; `reward_chosen`, `reward_rejected` (float64, 0 here).
     """
     names = np.repeat([redact(name) for name in data.sets], [part.size for part in data.sets.values()])
     prompts = {"id": data.dataset["id"][:], "set": names, "subset": np.array(data.dataset["subset"][:], object)}
@@ -47,17 +46,17 @@ def evaluation_table(data: PreferenceData) -> pd.DataFrame:
 
 
 def has_several(table: pd.DataFrame) -> bool:
-    """Whether a prompt has several comparisons."""
+    """Whether any prompt has more than one comparison."""
     return bool((table["share"] < 1).any())
 
 
 def difference(table: pd.DataFrame) -> pd.Series:
-    """The margin of the model: reward_chosen - reward_rejected."""
+    """The reward difference: reward_chosen - reward_rejected."""
     return table["reward_chosen"] - table["reward_rejected"]
 
 
 def worst(table: pd.DataFrame, count: int) -> np.ndarray:
-    """Rows of at most `count` wrong comparisons by the difference of rewards, the worst first; one per prompt."""
+    """Rows of at most `count` wrong comparisons, one per prompt, the lowest reward difference first. Without ties."""
     margin = difference(table).where(table["p_chosen"] != 0.5, 0)
     order = margin[margin < 0].sort_values(kind="stable").index
     return order[~table.loc[order, "index"].duplicated()][:count].to_numpy()
@@ -67,35 +66,35 @@ def worst(table: pd.DataFrame, count: int) -> np.ndarray:
 
 
 def by_set(table: pd.DataFrame) -> pd.DataFrame:
-    """A slice for each evaluation set."""
+    """One slice per evaluation set."""
     return _slices((name, None, None, part) for name, part in table.groupby("set", sort=False))
 
 
 def by_subset(table: pd.DataFrame) -> pd.DataFrame:
-    """A slice for each subset, of each set if there are several; empty if the data have no subsets."""
+    """One slice per subset, or per set and subset if there are several sets. Empty if the data have no subsets."""
     keys = ["set", "subset"] if table["set"].nunique() > 1 else ["subset"]
     parts = table.dropna(subset="subset").groupby(keys) if "subset" in table else ()
     return _slices(("/".join(names), None, None, part) for names, part in parts)
 
 
 def by_margin(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
-    """Bins of about equally many comparisons by |reward_chosen - reward_rejected|."""
+    """Bins of |reward_chosen - reward_rejected| with about equally many comparisons."""
     return _by_value(table, difference(table).abs(), bins, "{:.3g} to {:.3g}")
 
 
 def by_data_margin(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
-    """The same by the margin in the data, of the sets that have one."""
+    """Bins of the margin in the data with about equally many comparisons. Sets without margins are left out."""
     has_margin = table.groupby("set")["margin"].transform("any")
     return _by_value(table, table["margin"].where(has_margin), bins, "{:.3g} to {:.3g}")
 
 
 def by_length_difference(table: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
-    """The same by length_chosen - length_rejected in tokens."""
+    """Bins of length_chosen - length_rejected (tokens) with about equally many comparisons."""
     return _by_value(table, table["length_chosen"] - table["length_rejected"], bins, "{:+.0f} to {:+.0f}")
 
 
 def reliability(table: pd.DataFrame) -> pd.DataFrame:
-    """The bins of the expected calibration error; their mean `confidence` equals the accuracy of a calibrated model."""
+    """The bins of the expected calibration error. If the model is calibrated, accuracy equals mean `confidence`."""
     table = table[np.isfinite(difference(table))]
     confidence_C, bin_C = confidence(difference(table).to_numpy())
     edges = 0.5 + np.arange(BINS + 1) / (2 * BINS)
@@ -105,13 +104,13 @@ def reliability(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def slices(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """All of these that are not empty, as JSON."""
+    """All non-empty slices, for JSON: {name of the function above: list of slices}."""
     functions = (by_set, by_subset, by_margin, by_data_margin, by_length_difference, reliability)
     return {f.__name__: found.to_dict("records") for f in functions if len(found := f(table))}
 
 
 def _by_value(table: pd.DataFrame, value: pd.Series, bins: int, label: str) -> pd.DataFrame:
-    """Equal values are in one bin, so there may be fewer bins."""
+    """At most `bins` slices: equal values share a bin."""
     value = value[np.isfinite(value)]
     parts = value.groupby((value.rank(method="min") - 1) * bins // max(len(value), 1))
     ranges = ((float(part.min()), float(part.max()), table.loc[part.index]) for _, part in parts)
@@ -131,12 +130,12 @@ def _slices(parts: Iterable[tuple[str, float | None, float | None, pd.DataFrame]
 def compare_tables(
     table: pd.DataFrame, other: pd.DataFrame, options: LossOptions = PLAIN_LOSS
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Values and 95% intervals of metrics of both models on the comparisons that both have, from the same resamples.
+    """Metrics of two models on their common comparisons: values, and 95% intervals from the same bootstrap resamples.
 
-    `compare/NAME` is of the first model, `compare/other_NAME` of the other one, `compare/NAME_difference` first minus
-    other.
+    `compare/NAME` belongs to the first model and `compare/other_NAME` to the other one. `compare/NAME_difference` is
+    the first minus the other.
     """
-    place = ["set", "row", "number_chosen", "number_rejected"]  # in the data, whatever the tokens
+    place = ["set", "row", "number_chosen", "number_rejected"]  # in the raw data: does not depend on the tokenizer
     table, other = (t.set_index([*place, t.groupby(place).cumcount()]) for t in (table, other))
     common = table.index.intersection(other.index, sort=False)
     table, other = table.loc[common], other.loc[common]

@@ -1,7 +1,7 @@
-"""The log of a run: metrics.jsonl, Accelerate's trackers, which get copies of its lines, and standard output.
+"""The log of a run: metrics.jsonl, the trackers of Accelerate (which get copies of its lines), and standard output.
 
-Neither a tracker nor standard output can end a run. One thread calls all trackers, so the training process does not
-wait; if one of them blocks, the others wait. W&B asks no question: without a key or a network, its run is offline.
+An error of a tracker or of standard output does not end the run. One thread calls all trackers: training does not wait
+for them, but a tracker that blocks delays the others. Without a key or a network, the W&B run is offline.
 """
 
 import json
@@ -27,10 +27,10 @@ from rm.config.redact import redact, safe_line
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 60.0  # for all trackers to start; one that is late is not used
-INIT_SECONDS = 30.0  # for W&B's server to accept the run; if it is late, the run is offline
-FINISH_SECONDS = 60.0  # for uploads at the end of a run; what is late stays on the disk for `wandb sync`
-EXIT_SECONDS = 10.0  # after that, for the process to exit
+START_SECONDS = 60.0  # for all trackers to start; later ones are not used
+INIT_SECONDS = 30.0  # for the W&B server to accept the run; then the run is offline
+FINISH_SECONDS = 60.0  # for uploads at the end of a run; the rest stays on disk for `wandb sync`
+EXIT_SECONDS = 10.0  # for the process to exit after that
 
 
 class RunLog:
@@ -38,7 +38,7 @@ class RunLog:
 
     `config` has the options `project` and `report_to`. `record` is the configuration that trackers store, redacted.
     metrics.jsonl in `output_dir` keeps its first `resume_lines` lines (None: a new run); `num_lines` is their number.
-    If other content is removed, the old file stays as metrics.jsonl.bak. Raises `DiskError` if it cannot be written.
+    If that removes lines, metrics.jsonl.bak has the old content. Raises `DiskError` if it cannot be written.
     """
 
     def __init__(self, config, output_dir: Path, run_name: str, record: dict, resume_lines: int | None, is_main: bool):
@@ -61,7 +61,7 @@ class RunLog:
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             old = self.path.read_bytes() if self.path.exists() else b""
-            # a crash may have torn the last line
+            # a crash may have left an incomplete last line
             kept = [line for line in old.splitlines(keepends=True) if line.endswith((b"}\n", b"}\r\n"))][:wanted]
             if len(kept) < wanted:
                 logger.warning(f"{self.path}: has {len(kept)} of the {wanted} lines before the checkpoint")
@@ -71,10 +71,10 @@ class RunLog:
             self.num_lines, self._file = len(kept), self.path.open("a", encoding="utf-8", newline="\n")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Log numbers as of optimizer step `step`: one line of metrics.jsonl, then every tracker.
+        """Log the numbers of optimizer step `step`: one line of metrics.jsonl, then every tracker.
 
-        The line is in the file when this returns: {"step": step, "time": seconds since 1970, **metrics}. NaN and
-        infinities, which JSON does not have, become "NaN", "Infinity" and "-Infinity"; `float()` reads them.
+        The line is {"step": step, "time": seconds since 1970, **metrics}. It is in the file when this returns. JSON has
+        no NaN and infinities: they become "NaN", "Infinity" and "-Infinity", which `float()` reads.
         """
         if self._file is None:
             return
@@ -89,26 +89,26 @@ class RunLog:
             self._call(f"{name}: log", self.trackers[name].log, metrics, step)
 
     def log_wandb(self, what: str, make: Callable[[Any], dict[str, Any]], step: int) -> None:
-        """Log the numbers or W&B objects `make(wandb)`, by name, as of optimizer step `step`; in W&B only."""
+        """Log `make(wandb)`, numbers or W&B objects by name, for optimizer step `step`. Only W&B gets them."""
 
         def log() -> None:
             import wandb
 
-            # W&B rejects steps below its counter: it counts the calls, and its charts show train/step
+            # W&B rejects steps below its counter: let it count the calls; train/step is the axis of its charts
             self.trackers["wandb"].log(make(wandb) | {"train/step": step})
 
         if "wandb" in self.trackers:
             self._call(f"wandb: {what}", log)
 
     def sync(self) -> None:
-        """Write metrics.jsonl to the disk, since a checkpoint must not be ahead of it."""
+        """Flush metrics.jsonl to disk. A checkpoint must not count lines that could still be lost."""
         if self._file:
             with naming(self.path):
                 os.fsync(self._file.fileno())
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Finish the trackers in `FINISH_SECONDS` at most; W&B shows `summary` as final values. Do not call it after an
-        error: W&B then takes the exit code of the process and shows the run as failed."""
+        """Finish the trackers within `FINISH_SECONDS`. W&B shows `summary` as final values. Do not call this after an
+        error: without the call, W&B reads the exit code of the process and shows the run as failed."""
         if self._file is None:
             return
         if summary and "wandb" in self.trackers:
@@ -120,7 +120,7 @@ class RunLog:
         self._file.close()
 
     def _call(self, what: str, function: Callable, *args: Any) -> Future:
-        """Queue `function(*args)`; the result is None if it fails. The first failure of each kind is logged."""
+        """Queue `function(*args)` for the thread. The result is None if it fails. Only the first failure is logged."""
 
         def call() -> Any:
             try:
@@ -161,21 +161,21 @@ def run_and_exit(run: Callable[[], int]) -> None:
 
 
 def prepare_trackers(report_to: list[str]) -> list[str]:
-    """The trackers' names, each once; "all" means every installed one.
+    """The names of the trackers without duplicates; "all" means every installed tracker.
 
     Raises `InputError` for a name that Accelerate does not know, or whose package is not installed.
     """
     names, installed = dict.fromkeys(map(str.lower, report_to)), [str(name) for name in get_available_trackers()]
     if wrong := ", ".join(name for name in names if name not in (*installed, "all")):
-        raise InputError(f"report_to: no installed tracker is {wrong}; installed: {', '.join(installed) or 'none'}")
+        raise InputError(f"report_to: unknown or not installed: {wrong}; installed: {', '.join(installed) or 'none'}")
     return installed if "all" in names else list(names)
 
 
 def start_tracker(
     name: str, project: str, run_name: str, output_dir: Path, config: dict[str, Any], resumed: bool
 ) -> GeneralTracker:
-    """Start a tracker; it keeps its files in `output_dir`, and `config` redacted. The user's environment variables for
-    names and places take precedence."""
+    """Start a tracker. It writes its files to `output_dir` and stores `config` without secrets. Environment variables
+    for names and folders take precedence."""
     config = redact(config)
     if name == "wandb":
         return start_wandb(os.environ.get("WANDB_PROJECT", project), run_name, output_dir, config)
@@ -202,7 +202,7 @@ def start_tracker(
 
 def start_wandb(project: str, run_name: str, output_dir: Path, config: dict[str, Any]) -> GeneralTracker:
     """Start a W&B run: online if possible, otherwise offline."""
-    # rows of an offline table wait here for `wandb sync`; W&B's default is a folder in the user's home
+    # offline tables stay here until `wandb sync`; by default W&B stores them in the home directory
     os.environ.setdefault("WANDB_DATA_DIR", str(output_dir / "wandb" / "data"))
     import wandb
 
@@ -215,7 +215,7 @@ def start_wandb(project: str, run_name: str, output_dir: Path, config: dict[str,
     make = partial(LOGGER_TYPE_TO_CLASS["wandb"], project, dir=str(output_dir), settings=settings, **options)
     mode, reason = None, "WANDB_MODE"
     try:
-        # asks the server whether it accepts the key: 10 s if it does not answer (WANDB_HTTP_TIMEOUT)
+        # verifies the key at the server; waits at most 10 s for it (WANDB_HTTP_TIMEOUT)
         if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=True):
             mode, reason = "offline", "no API key"
         tracker = make(mode=mode)

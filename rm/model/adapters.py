@@ -1,4 +1,4 @@
-"""PEFT: a new adapter of any method on a sequence classifier, or an existing one; 4-bit or 8-bit weights under it."""
+"""PEFT adapters on a sequence classifier, new or loaded, and the quantization of the base model to 4 or 8 bits."""
 
 import re
 import warnings
@@ -13,22 +13,22 @@ from rm.config.options import LoraOptions, RewardConfig
 from rm.config.section import fields_of
 from rm.model.saved import WEIGHT_FILES, lacks, loading
 
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT uses the old name
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT uses the deprecated name
 
 
 def new_adapter(model: PreTrainedModel, config: RewardConfig, new_modules: list[str]) -> nn.Module:
-    """Wrap `model` in a new adapter, LoRA or the method of `peft_config`; head and `new_modules` train in full."""
+    """Wrap `model` in a new adapter: LoRA, or the method of `peft_config`. Head and `new_modules` are fully trained."""
     from peft import TaskType, get_peft_model
 
     if lacks(config.model_name_or_path, *WEIGHT_FILES):
-        raise InputError(f"use_peft needs a model with weights to adapt; '{config.model_name_or_path}' has none")
+        raise InputError(f"use_peft needs a pretrained model; '{config.model_name_or_path}' has no weights")
     peft_config = lora_config(config) if config.peft_config is None else read_peft_config(config.peft_config)
     prefix = "lora_" if config.peft_config is None else f"peft_config={config.peft_config}: "
     peft_config.task_type, peft_config.inference_mode = TaskType.SEQ_CLS, False  # PEFT then trains and saves the head
-    saved = {*(peft_config.modules_to_save or ()), *new_modules} - {"classifier", "score"}  # which PEFT adds
+    saved = {*(peft_config.modules_to_save or ()), *new_modules} - {"classifier", "score"}  # PEFT adds these itself
     peft_config.modules_to_save = sorted(saved) or None
     known = [f".{name}" for name, _ in (*model.named_modules(), *model.named_parameters())]
-    for key in ("target_modules", "target_parameters", "modules_to_save"):  # PEFT ignores names that it does not find
+    for key in ("target_modules", "target_parameters", "modules_to_save"):  # PEFT ignores unknown names
         asked = getattr(peft_config, key, None) or ()
         for target in () if isinstance(asked, str) else sorted(asked):
             if not any(name.endswith(f".{target}") for name in known):
@@ -38,7 +38,7 @@ def new_adapter(model: PreTrainedModel, config: RewardConfig, new_modules: list[
 
 
 def load_adapter(model: PreTrainedModel, name: str, revision: str, *, is_trainable: bool) -> nn.Module:
-    """Load the adapter `name` and its head onto its base `model`. Raises `InputError`."""
+    """Load the adapter `name` and its head onto the base model `model`. Raises `InputError`."""
     from peft import PeftModelForSequenceClassification
 
     options = dict(revision=revision, is_trainable=is_trainable)
@@ -47,25 +47,25 @@ def load_adapter(model: PreTrainedModel, name: str, revision: str, *, is_trainab
 
 
 def lora_config(config: RewardConfig):
-    """PEFT's `LoraConfig` from the options in `LoraOptions`, whose names are those of TRL."""
+    """The `LoraConfig` of PEFT from `LoraOptions`, whose names are those of TRL."""
     from peft import LoraConfig
 
     given = {name: getattr(config, name) for name in fields_of(LoraOptions)}
-    kept = ("lora_alpha", "lora_dropout")  # have the prefix in PEFT too
+    kept = ("lora_alpha", "lora_dropout")  # PEFT has the prefix too
     values = {name if name in kept else name.removeprefix("lora_"): value for name, value in given.items()}
     targets = values["target_modules"]
     if targets == ["all-linear"]:
         values["target_modules"] = "all-linear"
     elif isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
-        values["target_modules"] = [targets]  # one name; PEFT takes a string for a pattern of the whole path
+        values["target_modules"] = [targets]  # one name: PEFT would match a string with whole paths
     return LoraConfig(**values)
 
 
 def read_peft_config(file: str):
     """The `PeftConfig` in a YAML or JSON file, written by hand ("peft_type: IA3") or by `PeftConfig.save_pretrained`.
 
-    Base model and task in the file have no effect. Raises `InputError`, also for methods that add tokens to the rows
-    (prompt and prefix tuning) or need calls between steps (AdaLoRA).
+    Base model and task in the file have no effect. Raises `InputError`. Methods that add tokens (prompt and prefix
+    tuning) and methods that need a call after every step (AdaLoRA) are not supported.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
@@ -79,8 +79,8 @@ def read_peft_config(file: str):
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     kind = str(values.get("peft_type")).upper() if isinstance(values, dict) else ""
     if kind not in methods:
-        raise InputError(f"{where}: needs `peft_type: METHOD`, one that changes layers: {', '.join(sorted(methods))}")
-    for key, value in values.items():  # YAML reads 1e-5 as text, also in JSON
+        raise InputError(f"{where}: needs `peft_type: METHOD`; supported methods: {', '.join(sorted(methods))}")
+    for key, value in values.items():  # YAML reads 1e-5 as text, even in a JSON file
         if isinstance(value, str) and re.fullmatch(r"[\d.]+e-?\d+", value):
             values[key] = float(value)
     values |= {"peft_type": kind} | dict.fromkeys(("base_model_name_or_path", "revision", "auto_mapping"))
@@ -89,8 +89,8 @@ def read_peft_config(file: str):
 
 
 def quantization_config(config: RewardConfig) -> BitsAndBytesConfig | None:
-    """As TRL's `get_quantization_config`, without the head; None unless load_in_4bit or load_in_8bit."""
-    # no `prepare_model_for_kbit_training`: adapters freeze the base, and `dtype` decides about norms and embeddings
+    """Quantization without the head, as in `trl.get_quantization_config`; None unless load_in_4bit or load_in_8bit."""
+    # needs no `prepare_model_for_kbit_training`: PEFT freezes the base; `dtype` is the type of norms and embeddings
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
     return BitsAndBytesConfig(
@@ -100,5 +100,5 @@ def quantization_config(config: RewardConfig) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_quant_storage=config.bnb_4bit_quant_storage,
-        llm_int8_skip_modules=["score", "classifier", "classification_head", "pooler"],  # may be new
+        llm_int8_skip_modules=["score", "classifier", "classification_head", "pooler"],  # may be newly initialized
     )

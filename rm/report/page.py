@@ -1,4 +1,4 @@
-"""The parts of report.html that are numbers and texts: of one run, and of several as a leaderboard."""
+"""The numbers and texts of report.html, for one run or for several runs (a leaderboard)."""
 
 import difflib
 import json
@@ -20,22 +20,22 @@ from rm.log.token_html import CSS, NOTE, answers_of, token_rewards_html
 from rm.report import figures
 from rm.report.read_run import Group, Notes, Pair, Run, changed_options, read_table
 
-MAX_SETS = 6  # evaluation sets with figures of their own
+MAX_SETS = 6  # evaluation sets that have their own figures
 MAX_SAMPLES, MAX_MISTAKES = 12, 20  # prompts that are shown
-MAX_TOKENS = 1_000  # of an answer that is shown with its token rewards
+MAX_TOKENS = 1_000  # no token rewards are shown if an answer is longer
 CARDS = {
     "eval/accuracy": "Accuracy", "eval/accuracy_ceiling": "Best possible accuracy",
-    "eval/longer_answer_baseline_accuracy": "If the longer answer won", "eval/best_of_n_accuracy": "Best-of-N accuracy",
+    "eval/longer_answer_baseline_accuracy": "Longer-answer baseline", "eval/best_of_n_accuracy": "Best-of-N accuracy",
     "eval/loss": "Loss", "eval/ece": "Calibration error", "eval/margin": "Margin",
 }  # fmt: skip
 SIGNED = "{:+.3f}".format
 COLUMNS = (*CARDS, "train/loss", "train/steps", "speed/pairs_per_second", "speed/peak_memory_gb")  # of the leaderboard
-# characters that HTML does not allow or that change the order of the text around them; tab and line ends are not here
+# characters that HTML forbids, and bidirectional controls, which reorder text; tab and line ends are allowed
 INVISIBLE = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 
 
 def report_html(folders: Sequence[str | os.PathLike], by: str = "eval/accuracy") -> str:
-    """The page of one run, or of several sorted by the metric `by`. Raises `InputError` if a directory has no run."""
+    """The page of one run, or of several, sorted by the metric `by`. Raises `InputError` if a directory has no run."""
     paths = [Path(folder).resolve() for folder in folders]
     shared = os.path.commonpath([path.parent for path in paths])
     runs = [Run(path, str(path.relative_to(shared))) for path in paths]
@@ -48,12 +48,12 @@ def report_html(folders: Sequence[str | os.PathLike], by: str = "eval/accuracy")
 
 
 def plain(value: Any) -> str:
-    """A value as on the command line."""
+    """A value in the form of the command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def spelled(value: float) -> str:
-    """A metric's value for a table."""
+    """The value of a metric as text for a table."""
     if not math.isfinite(value):
         return "not finite"
     if value == round(value) and abs(value) < 1e12:
@@ -65,7 +65,7 @@ def spelled(value: float) -> str:
 
 
 def run_page(run: Run) -> dict[str, Any]:
-    """What the template shows of one run."""
+    """The variables of the template for one run."""
     notes, results, evaluation, sets = run.notes, run.results, [], {}
     table_file = run.folder / "eval" / f"step-{run.table_step}.parquet"
     what = f"histograms, calibration and slices from eval/{table_file.name}"
@@ -74,7 +74,7 @@ def run_page(run: Run) -> dict[str, Any]:
         for i, name in enumerate(run.sets[:MAX_SETS]):
             plans = figures.evaluation(run, table[table["set"] == name])[:3]
             sets[name] = figures.draw(plans, notes, f"set-{i}-")
-    shown: dict[tuple, list[Pair | Group]] = {}  # a prompt at every step
+    shown: dict[tuple, list[Pair | Group]] = {}  # (id, kind) -> records of a prompt, one per evaluation
     for _, path in run.numbered("samples/step-*.jsonl"):
         for record in notes.read_lines(path, Pair | Group):
             shown.setdefault((record.id, type(record)), []).append(record)
@@ -134,7 +134,7 @@ def how_it_went(run: Run) -> str:
 
 
 def sample_view(i: int, records: list[Pair | Group], notes: Notes) -> dict[str, Any]:
-    """What the template shows of a prompt at all steps, with a chart of the rewards of its first answers."""
+    """The variables of the template for a prompt: its rewards at all evaluations, and a chart of them."""
     steps, number = [record.step for record in records], "accuracy" if isinstance(records[0], Group) else "margin"
     rewards = [{answer["name"]: answer["reward"] for answer in answers_of(record.model_dump())} for record in records]
     frame = pd.DataFrame(rewards, steps)
@@ -151,7 +151,7 @@ def sample_view(i: int, records: list[Pair | Group], notes: Notes) -> dict[str, 
 
 
 def record_view(record: Pair | Group) -> dict[str, Any]:
-    """What the template shows of a pair or of a group."""
+    """The variables of the template for a pair or a group."""
     answers = answers_of(record.model_dump())
     rewards = [answer["token_rewards"] for answer in answers]
     has_tokens = all(rewards) and max(map(len, rewards)) <= MAX_TOKENS
@@ -161,7 +161,7 @@ def record_view(record: Pair | Group) -> dict[str, Any]:
 
 
 def audit_view(data: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """data_report.json as a table with a column for each split, and for each set where there are several."""
+    """data_report.json as a table with one column per split. If a split has several sets, each set has a column too."""
     columns = {}
     for split, part in data.items():
         sets = part.get("sets", {})
@@ -180,7 +180,7 @@ def audit_view(data: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def leaderboard_page(runs: Sequence[Run], by: str) -> dict[str, Any]:
-    """What the template shows of several runs: one row per run, the best by the metric `by` first."""
+    """The variables of the template for several runs: one row per run, sorted by the metric `by`, the best first."""
     known = list(dict.fromkeys(name for run in runs for name in run.final))
     if by not in known:
         near = difflib.get_close_matches(by, known, n=5, cutoff=0)
@@ -197,7 +197,7 @@ def leaderboard_page(runs: Sequence[Run], by: str) -> dict[str, Any]:
     keys = dict.fromkeys(key for texts in options.values() for key in texts)
     differing = [key for key in keys if len({texts.get(key) for texts in options.values()}) > 1]
     if "test data" in differing:
-        notes.append("The runs were evaluated on different data: their held-out metrics do not compare directly.")
+        notes.append("The runs were evaluated on different data: their held-out metrics are not directly comparable.")
     best = f"{'lowest' if sign > 0 else 'highest'} {by}, {spelled(runs[0].final.get(by, math.nan))}"
     return {
         "runs": runs,

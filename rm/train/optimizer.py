@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule, by the names of transformers. Another optimizer is one line in `OPTIMIZERS`."""
+"""Optimizer and learning-rate schedule. To add an optimizer: `OPTIMIZERS`, and `Optimizer` in rm/config/options.py."""
 
 import inspect
 import math
@@ -25,10 +25,10 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
 
 
 def parameter_groups(model: RewardModel, config: RewardConfig) -> list[dict[str, Any]]:
-    """The trained weights as parameter groups: backbone before head; within each, matrices before the rest.
+    """The trained parameters in groups: backbone before head; in each of them, matrices before vectors.
 
-    Only matrices decay, not biases and norm weights (one dimension). The head has a group of its own if it has its own
-    learning rate.
+    Weight decay applies to matrices only, not to biases and norm weights. The head has separate groups only if it has
+    its own learning rate.
     """
     has_own_rate = config.head_learning_rate is not None
     head = {id(p) for p in find_head(model.classifier).parameters()} if has_own_rate else set()
@@ -42,11 +42,11 @@ def parameter_groups(model: RewardModel, config: RewardConfig) -> list[dict[str,
 
 
 def make_optimizer(model: RewardModel, config: RewardConfig) -> torch.optim.Optimizer:
-    """The optimizer `config.optim`; `optim_args` are arguments of its class. Raises `InputError` for unknown ones."""
+    """The optimizer `config.optim` with the arguments `optim_args`. Raises `InputError` for unknown arguments."""
     make, options = OPTIMIZERS[config.optim]
     if make is torch.optim.AdamW:
         options = options | {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    own = ("params", "lr", "weight_decay")  # set here and in the groups
+    own = ("params", "lr", "weight_decay")  # set by other options
     known = [name for name in inspect.signature(make).parameters if name not in own]
     for name in config.optim_args or {}:
         if name not in known:
@@ -57,16 +57,16 @@ def make_optimizer(model: RewardModel, config: RewardConfig) -> torch.optim.Opti
 def make_scheduler(
     optimizer: torch.optim.Optimizer, total_steps: int, config: RewardConfig, greater_is_better: bool
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule `config.lr_scheduler_type` before the first step. Do not prepare it: Accelerate would step it once
-    per process. `greater_is_better`: direction of the metric that the schedule follows.
+    """The schedule `config.lr_scheduler_type`. `greater_is_better`: direction of the metric that the schedule follows.
 
+    Do not pass it to `accelerator.prepare`: Accelerate would step it once per process.
     Raises `InputError` for unknown `lr_scheduler_kwargs`.
     """
     name, kwargs = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs or {})
     if name in FOLLOW_EVALUATIONS:
         kwargs = {"mode": "max" if greater_is_better else "min"} | kwargs
-    elif name in ("constant", "constant_with_warmup") and kwargs:  # which transformers ignores silently
-        raise InputError(f"lr_scheduler_kwargs={kwargs}: lr_scheduler_type={name} takes none")
+    elif name in ("constant", "constant_with_warmup") and kwargs:  # transformers ignores them
+        raise InputError(f"lr_scheduler_kwargs={kwargs}: lr_scheduler_type={name} takes no arguments")
     ratio = config.warmup_steps if 0 < config.warmup_steps < 1 else config.warmup_ratio
     warmup = int(config.warmup_steps) or math.ceil(ratio * total_steps)
     try:

@@ -1,4 +1,4 @@
-"""The processes of a run: their accelerator, what they decide and sum up together, and the signals that stop them."""
+"""The processes of a run: the accelerator, collective decisions, gradient accumulation, and signals that stop them."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 LAUNCHERS = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch`, by torchrun
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: a closed terminal
-SAME_SIGNAL = 1.0  # seconds: Ctrl-C arrives twice, from the terminal and from torchrun
+SAME_SIGNAL = 1.0  # seconds: a repeated signal is ignored (terminal and torchrun both send Ctrl-C)
 
 
 def make_accelerator(config: RewardConfig) -> Accelerator:
@@ -50,12 +50,12 @@ def make_accelerator(config: RewardConfig) -> Accelerator:
         raise InputError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set {fix}")
     prepare_trackers(config.report_to)
     try:
-        # without `cpu=True` Accelerate runs each process of a torchrun on CPUs as a training of its own
+        # without `cpu=True`, each process that torchrun starts on a CPU would train independently
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             cpu=not torch.accelerator.is_available(),
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # to tokenize, or write a checkpoint
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait for tokenizing and checkpoints
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
@@ -64,7 +64,7 @@ def make_accelerator(config: RewardConfig) -> Accelerator:
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         # DeepSpeed clips gradients itself, and requires a batch size that has no effect here
         plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.max_grad_norm}
-        unset_hf_deepspeed_config()  # or transformers loads shards under ZeRO-3, on which no head can be initialized
+        unset_hf_deepspeed_config()  # otherwise ZeRO-3 loads shards, on which no head can be initialized
     check_support(config, accelerator)
     set_tf32(config.tf32)
     if config.full_determinism:
@@ -117,11 +117,11 @@ def seed_everything(seed: int, step: int, process_index: int) -> None:
 
 
 class GradientAccumulation:
-    """The micro-batches of one step: gradients are communicated with the last one.
+    """Gradient accumulation over the micro-batches of a step. The last micro-batch averages gradients over processes.
 
-    `auto_find_batch_size`: a step that runs out of memory is repeated with half the tokens per micro-batch and the same
-    result. A process that runs out in the backward pass would leave the others waiting for its gradients, so with this
-    option they are averaged after the step.
+    `may_repeat` (auto_find_batch_size): a step that runs out of memory is repeated with half the tokens per micro-batch
+    and the same result. Gradients are then averaged after all backward passes. Otherwise processes would wait forever
+    for the gradients of one that ran out of memory.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, plan: StepPlan, meter: Meter, may_repeat: bool):
@@ -131,10 +131,10 @@ class GradientAccumulation:
 
     @contextmanager
     def attempt(self, step: int) -> Iterator[None]:
-        """Run the micro-batches of `step`. If a process runs out of memory, `ran_out` is true afterwards, the memory is
-        free, and the next attempt has smaller micro-batches. Collective.
+        """Run the micro-batches of `step`. If a process runs out of memory, this sets `ran_out`, frees the memory, and
+        makes the micro-batches of the next attempt smaller. Collective.
 
-        Raises `RunError` if the largest prompt of the step runs alone already.
+        Raises `RunError` if the largest prompt of the step already has a micro-batch of its own.
         """
         self.meter.begin_step()
         self.ran_out = False
@@ -148,7 +148,7 @@ class GradientAccumulation:
             (self.ran_out,) = any_process(self.accelerator, self.ran_out)
         if self.ran_out:
             self.meter.undo_step()
-            self.model.zero_grad()  # that of Accelerate's optimizer has no effect between micro-batches
+            self.model.zero_grad()  # `optimizer.zero_grad` has no effect between micro-batches
             clear_device_cache(garbage_collection=True)
             if not self.plan.halve_micro_batches(step):
                 raise RunError(f"out of memory in step {step + 1} with its largest prompt alone: lower max_length")
@@ -160,9 +160,9 @@ class GradientAccumulation:
                     p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
 
     def sync_on_last(self, i: int, count: int) -> AbstractContextManager:
-        """Context of micro-batch `i` of `count`: gradients are communicated with the last one only.
+        """Context of micro-batch `i` of `count`: only the last one communicates gradients.
 
-        FSDP2 communicates those of every micro-batch: otherwise each process would hold the gradients of all weights.
+        FSDP2 communicates them in every micro-batch. Otherwise each process would hold the gradients of all weights.
         """
         is_last = i == count - 1
         self.accelerator.gradient_state._set_sync_gradients(is_last)  # DeepSpeed and the fp16 scaler read it
@@ -170,7 +170,7 @@ class GradientAccumulation:
         return nullcontext() if must_sync else self.accelerator.no_sync(self.model)
 
     def settle_buckets(self, batch: Batch) -> None:
-        """Let DDP order its gradient buckets before the first step, of a new and of a resumed run. Collective.
+        """Make DDP reorder its gradient buckets before the first step, in a new run and in a resumed run. Collective.
 
         DDP reorders them after the first backward pass. With three or more processes the order changes the rounding of
         sums, so a resumed run would differ from an uninterrupted one.
@@ -182,14 +182,14 @@ class GradientAccumulation:
 
 
 class Stopped(RunError):
-    """A signal stopped the run after a checkpoint."""
+    """A signal stopped the run. A checkpoint was saved."""
 
 
 class StopSignal:
-    """Whether the run was asked to stop after the current step: by a signal, or by the death of its launcher.
+    """Detects a request to stop after the current step: a signal, or the end of the launcher.
 
-    Before `listen` signals act as usual: there is nothing to save. A second signal ends the process at once.
-    `accelerate launch` forwards no signal to its only process: if the launcher dies, save a checkpoint and exit.
+    Before `listen`, signals have their default effect: there is nothing to save. A second signal ends the process at
+    once. `accelerate launch` forwards no signal to a single process, so the end of the launcher counts too.
     """
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ class StopSignal:
 
     def listen(self) -> None:
         for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has set it
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 self.previous[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:

@@ -83,8 +83,8 @@ def test_names(given, names, monkeypatch):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["wandbb"], "no installed tracker is wandbb"),
-        (["aim"], "no installed tracker is aim; installed: wandb"),
+        (["wandbb"], "unknown or not installed: wandbb"),
+        (["aim"], "unknown or not installed: aim; installed: wandb"),
     ],
 )
 def test_wrong_names(given, message, monkeypatch):

@@ -243,7 +243,7 @@ def test_the_file_that_peft_writes(tmp_path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(r=3), "needs `peft_type: METHOD`, one that changes layers: BEFT, "),
+        (dict(r=3), "needs `peft_type: METHOD`; supported methods: BEFT, "),
         (dict(peft_type="LORRA"), "needs `peft_type: METHOD`"),
         (
             dict(peft_type="IA3", feedforwardmodules=[]),

@@ -227,7 +227,7 @@ def test_models_that_cannot_be_used(tmp_path, caplog):
         load("no/such-model")
     with pytest.raises(InputError, match="it lacks score.weight"):
         load_saved_model(base(), None, options(base()))
-    with pytest.raises(InputError, match="needs a model with weights to adapt"):
+    with pytest.raises(InputError, match="needs a pretrained model; "):
         load(TINY_LLAMA, use_peft=True)
     for attention, message in (("flex_attention", "is not supported; use sdpa"), ("no", "could not be loaded as a")):
         with pytest.raises(InputError, match=message):
