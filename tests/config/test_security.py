@@ -299,7 +299,7 @@ def test_secrets_reach_no_file_and_no_output(tmp_path):
         "url": f"https://me:{SECRETS['password']}@host/x",
         "note": f"{SECRETS['old W&B key']} {SECRETS['new W&B key']}",
     }
-    options = [f"--dataset_config={SECRETS['hub token']}", f"--chat_template_kwargs={json.dumps(kwargs)}"]
+    options = [f"--model_revision={SECRETS['hub token']}", f"--chat_template_kwargs={json.dumps(kwargs)}"]
     options += ["--report_to=wandb,tensorboard", "--output_dir=out", "--max_steps=1"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     env |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -316,9 +316,9 @@ def test_secrets_reach_no_file_and_no_output(tmp_path):
     assert not {name: secrets for name, secrets in found.items() if secrets}
     records = wandb_files.records(wandb_files.run_dir(tmp_path / "out"))
     arguments = [argument for record in records for argument in record.environment.args]
-    assert "--dataset_config=[redacted]" in arguments  # online it is wandb-metadata.json
+    assert "--model_revision=[redacted]" in arguments  # online it is wandb-metadata.json
     command = json.loads((tmp_path / "out" / "results.json").read_text())["command"]
-    assert "--dataset_config=[redacted]" in command and "--max_steps=1" in command
+    assert "--model_revision=[redacted]" in command and "--max_steps=1" in command
 
 
 @pytest.mark.parametrize(
