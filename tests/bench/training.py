@@ -84,6 +84,7 @@ def run_ours(turn: Turn, args: argparse.Namespace, precision: str, options: dict
         dataset_name=args.data,
         eval_fraction=0.01,
         max_train_samples=args.prompts,
+        equal_scores=args.equal_scores,
         train_batch_size=args.prompts_per_step or args.batch,
         max_length=args.max_length,
         micro_batch_tokens=args.micro_batch_tokens,
@@ -171,7 +172,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     from rm.data.plan import Layout, StepPlan
     from rm.model.load import load_reward_model, load_tokenizer
 
-    config = make_config(args, eval_fraction=0.01, max_train_samples=args.prompts)
+    config = make_config(args, eval_fraction=0.01, max_train_samples=args.prompts, equal_scores=args.equal_scores)
     tokenizer = load_tokenizer(config)
     load_reward_model(tokenizer, config).classifier.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--contenders", default="trl_default,trl_best,ours")
     parser.add_argument("--batch", type=int, default=16, help="pairs a step")
     parser.add_argument("--prompts", type=int, help="of groups: use the first prompts only")
+    parser.add_argument("--equal_scores", default="drop", help="of groups: tie keeps equal scores as comparisons")
     parser.add_argument("--prompts_per_step", type=int, help="of groups: prompts of a step of ours")
     parser.add_argument("--steps", type=int, default=6, help="timed steps, after one that is not")
     parser.add_argument("--micro_batch_tokens", type=int, default=1024)
