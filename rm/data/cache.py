@@ -67,7 +67,8 @@ def tokenize_source(
     dataset = table if len(kept) == len(table) else table.select(kept)
     arrays = arrays_of(dataset)
     audit = audit_counts(arrays, {reason: int(flat(table, reason).sum()) for reason in DROPPED})
-    logger.info("%s: format %s, %d of %d pairs kept", source.name, encoding.format, audit["kept"], audit["total"])
+    counts = audit["kept"], audit["total"]
+    logger.info("%s: format %s, %d of %d comparisons kept", source.name, encoding.format, *counts)
     if count := audit["ends_with_user"]:
         problem = "rows have conversations that end with a message of the user, not with an answer"
         logger.warning("%s: %d %s", source.name, count, problem)

@@ -219,9 +219,10 @@ def read_sample(source: Source, encoding: Encoding) -> tuple[list[Row], list[Exa
 
 
 def _log_columns(name: str, row: Row, encoding: Encoding) -> None:
-    """Log the layout, what each column became, and the text that is not read."""
-    roles = ", ".join(f"{column} is {role}" for role, column in encoding.roles.items())
-    logger.info("%s: layout %s: %s", name, encoding.data_layout, roles)
+    """Log the layout if columns have other names than their roles, and the text that is not read."""
+    if any(role != column for role, column in encoding.roles.items()):
+        roles = ", ".join(f"{column} is {role}" for role, column in encoding.roles.items())
+        logger.info("%s: layout %s: %s", name, encoding.data_layout, roles)
     used = {*encoding.roles.values(), *encoding.numbers.values(), *OTHERS}
     unread = text_columns(row, used)
     for parent in dict.fromkeys(column.rpartition(".")[0] for column in used if "." in column and column not in row):
