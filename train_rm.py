@@ -44,7 +44,6 @@ from rm.forward import choose_layout, concatenated_forward
 from rm.log.trackers import RunLog, print_safely, run_and_exit
 from rm.loss import pairwise_loss, plackett_luce_loss
 from rm.model.load import check_positions, load_reward_model, load_tokenizer
-from rm.model.reward_model import is_half_precision
 from rm.train.checkpoint import Checkpoints
 from rm.train.finish import complete_run, finish_run
 from rm.train.optimizer import make_optimizer, make_scheduler
@@ -80,9 +79,7 @@ def main(argv: list[str]) -> dict:
     run.check_content(model, train_set, eval_set)  # collective: a resumed run has the same data and base model
     optimizer = make_optimizer(model, config)
     model, optimizer = accelerator.prepare(model, optimizer)
-    tolerance = 5e-2 if is_half_precision(model, accelerator.mixed_precision, config.tf32) else 1e-4
-    pad_token_id = tokenizer.pad_token_id
-    layout = choose_layout(config.layout, model, train_set, pad_token_id, tolerance)  # collective
+    layout = choose_layout(config.layout, model, train_set, tokenizer.pad_token_id)  # collective
     logger.info(f"layout: {layout.name} ({layout.reason})")
     losses = {"bradley_terry": pairwise_loss, "plackett_luce": plackett_luce_loss}
     loss_fn = partial(losses[config.loss_type], **config.loss_options)

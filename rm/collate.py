@@ -1,9 +1,10 @@
 """Prompts → tensors, in two layouts.
 
-`concatenated`: one sequence per row, padded on the right; the first answers of all prompts, then the second, and so on.
-
 `shared_prefix`: a row is one or more trees `[prefix | answer 1 | answer 2 | …]`; the prompt is in the row once. Each
 token knows its tree, its branch (0: prefix, n: answer n) and its position (every answer continues at `len(prefix)`).
+
+`concatenated`: every sequence by itself. For kernels that compute tree by tree, a row of trees with one answer and no
+prefix. Otherwise one sequence per row, padded on the right; the first answers of all prompts, then the second ones.
 
 Shape suffixes: N answers (of all prompts of the batch), C comparisons, R rows, L tokens in a row.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rm.data.dataset import PreferenceData
-from rm.data.plan import Layout, MicroBatch
+from rm.data.plan import Layout, MicroBatch, round_up
 from rm.data.tokenize import Tree
 
 
@@ -28,8 +29,8 @@ class Batch:
     """One micro-batch. Answers are numbered prompt by prompt: for pairs, 2p is the first answer and 2p + 1 the second.
 
     input_ids_RL: int64. end_row_N, end_index_N: where each sequence's last token is, int64.
-    attention_mask_RL: int64, only in `concatenated` rows. tree_RL (-1: padding), branch_RL, position_RL: int64, only in
-    `shared_prefix` rows. tree_parts: if there is one such row, for each tree the tokens of its prefix and its answers.
+    attention_mask_RL: int64, only in padded rows of one sequence. tree_RL (-1: padding), branch_RL, position_RL: int64,
+    only in rows of trees. tree_parts: if there is one such row, for each tree the tokens of its prefix and its answers.
     chosen_C, rejected_C: the compared answers, int64 indices into N. prompt_C: the prompt of each comparison, int64.
     num_answers_P: answers of each prompt, int64. share_C: 1 / comparisons of the prompt, float32 (0 in a dummy
     micro-batch). columns: every registered column by name, float32; also as `batch.margin_C`,
@@ -91,10 +92,14 @@ def collate(data: PreferenceData, micro_batch: MicroBatch, layout: Layout) -> Ba
 
 def collate_trees(trees: Sequence[Tree], micro_batch: MicroBatch, layout: Layout) -> Batch:
     """The tokens of a micro-batch, without labels; `trees` in the order of `micro_batch.prompts`."""
-    if layout.name == "concatenated":
+    if layout.name == "concatenated" and not layout.by_tree:
         return _concatenate(trees, layout.pad_token_id)
     rest = iter(trees)
-    return _pack([[next(rest) for _ in row] for row in micro_batch.rows], layout.pad_token_id)
+    rows = [[next(rest) for _ in row] for row in micro_batch.rows]
+    if layout.name == "concatenated":
+        rows = [[Tree(tree.prefix[:0], [ids]) for tree in row for ids in tree.sequences()] for row in rows]
+    longest = max(sum(map(len, row)) for row in rows)
+    return _pack(rows, longest if layout.by_tree else round_up(longest), layout.pad_token_id)
 
 
 def _concatenate(trees: Sequence[Tree], pad_token_id: int) -> Batch:
@@ -111,9 +116,9 @@ def _concatenate(trees: Sequence[Tree], pad_token_id: int) -> Batch:
     )
 
 
-def _pack(rows: Sequence[Sequence[Tree]], pad_token_id: int) -> Batch:
-    """Each row's trees one after the other, padded on the right to the longest row."""
-    shape = (len(rows), max(sum(map(len, row)) for row in rows))
+def _pack(rows: Sequence[Sequence[Tree]], length: int, pad_token_id: int) -> Batch:
+    """Each row's trees one after the other, padded on the right to `length`."""
+    shape = (len(rows), length)
     input_ids, tree_ids = np.full(shape, pad_token_id), np.full(shape, -1)
     branch_ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     ends = []
@@ -135,5 +140,5 @@ def _pack(rows: Sequence[Sequence[Tree]], pad_token_id: int) -> Batch:
         tree_RL=torch.from_numpy(tree_ids),
         branch_RL=torch.from_numpy(branch_ids),
         position_RL=torch.from_numpy(positions),
-        tree_parts=[[len(t.prefix), *map(len, t.answers)] for t in rows[0]] if len(rows) == 1 else None,
+        tree_parts=[[len(t.prefix), *map(len, t.answers)] for t in rows[0]] if positions.size == stop else None,
     )

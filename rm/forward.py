@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rm.collate import Batch, collate_trees
 from rm.config.errors import InputError
 from rm.data.plan import Layout, MicroBatch
-from rm.model.attention import SDPA_BY_TREE, attention_mask, attention_pieces, packing_problem
+from rm.model.attention import BY_TREE, attention_inputs, kernel_problem, packing_problem
 from rm.model.reward_model import unwrapped
 
 NUM_VERIFIED = 4  # prompts on which the layout is verified
@@ -36,23 +36,15 @@ def score_batch(model: nn.Module, batch: Batch) -> Tensor:
 def forward_batch(model: nn.Module, batch: Batch) -> Tensor:
     """All outputs of the head at the end of every sequence, float32 [N, K]."""
     reward_model = unwrapped(model)
-    packed = {"position_ids": batch.position_RL} if batch.is_packed else {}
-    if reward_model.config._attn_implementation == SDPA_BY_TREE and batch.tree_parts:
-        packed["pieces"] = attention_pieces(batch.tree_parts)
-    return model(
-        input_ids=batch.input_ids_RL,
-        attention_mask=attention_mask(reward_model.config, batch, unwrapped(reward_model.classifier).dtype),
-        end_row=batch.end_row_N,
-        end_index=batch.end_index_N,
-        **packed,
-    )
+    inputs = attention_inputs(reward_model.config, batch, unwrapped(reward_model.classifier).dtype)
+    return model(input_ids=batch.input_ids_RL, end_row=batch.end_row_N, end_index=batch.end_index_N, **inputs)
 
 
 def concatenated_forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards of all comparisons from one forward pass, (chosen_C, rejected_C), and of all answers, rewards_N; float32.
 
-    The rows hold chosen and rejected sequences one below the other (`concatenated`), or trees in which the prompt is
-    computed once and each answer once (`shared_prefix`). Both give the same rewards and the same gradients.
+    The rows hold all sequences (`concatenated`), or trees in which the prompt is computed once and each answer once
+    (`shared_prefix`). Both give the same rewards and the same gradients.
     """
     rewards_N = score_batch(model, batch)
     return rewards_N[batch.chosen_C], rewards_N[batch.rejected_C], rewards_N
@@ -76,53 +68,83 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------- which layout
 
 
-def choose_layout(name: str, model: nn.Module, data: Any, pad_token_id: int, tolerance: float = 1e-4) -> Layout:
-    """The layout for `model`: "auto" is `shared_prefix` where a model supports it, verified on a few prompts of `data`.
+@torch.compiler.set_stance("force_eager")  # a result for the layers is valid for compiled layers too
+def choose_layout(name: str, model: nn.Module, data: Any, pad_token_id: int) -> Layout:
+    """The layout for `model`: "auto" is `shared_prefix` where a model supports it. Collective.
 
-    Scores the prompts in both layouts without autocast. Collective under FSDP: every process must call it.
+    Verified on a few short prompts of `data`: the kernel, otherwise dense masks replace it (`kernel_problem`); and that
+    rows of trees equal padded rows (`layout_problem`).
 
     Args:
-        name: the option `layout`: "auto", "shared_prefix" or "concatenated" (which is not verified).
+        name: the option `layout`: "auto", "shared_prefix" or "concatenated".
         data: prompts with `costs(layout)` and `trees(indices)`.
-        tolerance: relative to the largest reward (at least 1): 1e-4 suits float32, 5e-2 half precision.
 
     Raises:
         InputError: `name` is "shared_prefix" and the model does not support it.
     """
-    padded = Layout("concatenated", pad_token_id)
-    if name == "concatenated":
-        return padded
+    padded, wrong = Layout("concatenated", pad_token_id), ""
+    packed = Layout("shared_prefix" if name == "auto" else name, pad_token_id, by_tree=True)
+    classifier = unwrapped(unwrapped(model).classifier)
+    dense, kernel = "sdpa" if classifier._supports_sdpa else "eager", classifier.config._attn_implementation
     problem = packing_problem(model)
     if not problem:
-        packed = Layout("shared_prefix", pad_token_id, unwrapped(model).config._attn_implementation == SDPA_BY_TREE)
-        problem, agreement = _compare_layouts(packed, padded, model, data, tolerance)
-        if dist.is_initialized():  # all or none
-            problem = next(filter(None, gather_object([problem])), "")  # collective
-        if not problem:
-            return replace(packed, reason=agreement)
+        order = np.argsort(data.costs(packed), kind="stable")
+        indices = order[len(order) // 10 :][:NUM_VERIFIED].tolist()
+        trees, device, was_training = data.trees(indices), next(model.parameters()).device, model.training
+        row = collate_trees(trees, MicroBatch([indices]), packed).to(device)
+        padded_rows = collate_trees(trees, MicroBatch([[i] for i in indices]), padded).to(device)
+        model.eval()
+        if kernel in BY_TREE:
+            wrong = first_problem(kernel_problem(classifier, lambda: score_batch(model, row), row))  # collective
+            kernel = dense if wrong else kernel
+        packed = replace(packed, by_tree=kernel in BY_TREE)
+        if packed != padded:
+            classifier.set_attn_implementation(dense)
+            problem = first_problem(layout_problem(model, row, padded_rows))  # collective
+            packed = replace(packed, reason=f"verified on {len(indices)} prompts{wrong and f'; dense masks: {wrong}'}")
+        classifier.set_attn_implementation(kernel)
+        model.train(was_training)
+    if not problem:
+        return packed
     if name == "shared_prefix":
         raise InputError(f"layout=shared_prefix: {problem}; use layout=auto or concatenated")
-    return replace(padded, reason=problem)
+    return padded if name == "concatenated" else replace(padded, reason=problem)
 
 
-@torch.compiler.set_stance("force_eager")  # a result for the layers is valid for compiled layers too
-@torch.no_grad()
-def _compare_layouts(packed: Layout, padded: Layout, model: nn.Module, data: Any, tolerance: float) -> tuple[str, str]:
-    """(why `packed` cannot be used, or "", how well the rewards agree), from short prompts, so that it is quick."""
-    order = np.argsort(data.costs(packed), kind="stable")
-    indices = order[len(order) // 10 :][:NUM_VERIFIED].tolist()
-    was_training, rewards, device = model.training, [], next(model.parameters()).device
-    model.eval()
-    try:
-        for layout, rows in ((packed, [indices]), (padded, [[i] for i in indices])):
-            batch = collate_trees(data.trees(indices), MicroBatch(rows), layout).to(device)
-            with without_autocast(model):
-                rewards.append(score_batch(model, batch))
-    except InputError as error:
-        return str(error), ""
-    finally:
-        model.train(was_training)
-    difference, count = (rewards[0] - rewards[1]).abs().max().item(), len(indices)
-    if difference <= tolerance * max(1.0, rewards[1].abs().max().item()):  # false for NaN
-        return "", f"verified: rewards of {count} prompts agree to {difference:.1g}"
-    return f"rewards of {count} prompts differ by {difference:.2g} between the layouts", ""
+def first_problem(problem: str) -> str:
+    """The first problem that any process has, so that all or none go on. Collective."""
+    return next(filter(None, gather_object([problem])), "") if dist.is_initialized() else problem
+
+
+def layout_problem(model: nn.Module, packed: Batch, padded: Batch) -> str:
+    """How rewards or gradients differ between two batches of the same prompts; empty: they agree. Collective.
+
+    The gradient is that of one factor for each number of an embedding: a sum over all tokens, however often a layout
+    has them, through all layers. It leaves the gradients of weights, and their engine, alone.
+    In float32 both agree to 1e-3 of their spread or norm (at least 0.1). If weights or engine are in half precision,
+    rewards agree to 5e-2 of the largest (at least 1), gradients to 0.2 of their norm.
+    """
+    found, dtypes = [], {p.dtype for p in model.parameters()}
+    table = unwrapped(unwrapped(model).classifier).get_input_embeddings()
+    for batch in (packed, padded):
+        factor_D = torch.ones(table.embedding_dim, device=batch.input_ids_RL.device, requires_grad=True)
+
+        def scale(module, inputs, output, factor_D=factor_D):
+            dtypes.add(output.dtype)
+            return output * factor_D.to(output.dtype)
+
+        handle = table.register_forward_hook(scale)
+        with torch.enable_grad(), without_autocast(model), torch.autocast(factor_D.device.type, enabled=False):
+            rewards_N = score_batch(getattr(model, "module", model), batch)  # DDP would expect a backward pass
+            weighted = rewards_N @ torch.linspace(1, 2, len(rewards_N), device=rewards_N.device)
+            (gradient_D,) = torch.autograd.grad(weighted, factor_D, allow_unused=True, materialize_grads=True)
+        handle.remove()
+        found.append((rewards_N.detach(), gradient_D))
+    (rewards_N, gradient_D), (expected_N, expected_D) = found
+    largest, spread, norm = expected_N.abs().max().item(), expected_N.std(correction=0).item(), expected_D.norm().item()
+    reward, gradient = (rewards_N - expected_N).abs().max().item(), (gradient_D - expected_D).norm().item()
+    is_half = dtypes != {torch.float32}
+    allowed = (5e-2 * max(largest, 1), 0.2 * norm) if is_half else (1e-3 * max(spread, 0.1), 1e-3 * max(norm, 0.1))
+    if reward <= allowed[0] and gradient <= allowed[1]:  # false for NaN
+        return ""
+    return f"rewards differ by {reward:.2g} between the layouts, gradients by {gradient:.2g} of {norm:.2g}"

@@ -9,7 +9,8 @@ from rm.collate import collate, collate_trees
 from rm.data.plan import Layout, MicroBatch
 from rm.data.tokenize import Tree
 
-PACKED, PADDED = Layout("shared_prefix", 0), Layout("concatenated", 0)
+PACKED, PADDED = Layout("shared_prefix", 0, by_tree=True), Layout("concatenated", 0)
+UNSHARED = Layout("concatenated", 0, by_tree=True)
 GROUP = [[11, 12, 13], [11, 12, 14, 15], [11, 12, 16]]  # prefix 11 12
 PAIR = [[21, 22], [23]]  # no prefix
 DATA = preference_data([GROUP, PAIR], [[(0, 2), (1, 0), (1, 2), (2, 1)], [(1, 0)]],
@@ -35,16 +36,32 @@ def test_shared_prefix_by_hand():
     assert batch.position_RL.tolist() == [[0, 1, 0, 0, 1, 2, 2, 3, 2]]
     assert batch.end_row_N.tolist() == [0] * 5 and batch.end_index_N.tolist() == [1, 2, 5, 7, 8]
     assert batch.tree_parts == [[0, 2, 1], [2, 1, 2, 1]] and batch.is_packed and batch.attention_mask_RL is None
-    two = collate(DATA, MicroBatch([[0], [1]]), PACKED)
-    assert two.tree_RL.tolist() == [[0] * 6, [0, 0, 0, -1, -1, -1]]
-    assert two.input_ids_RL[1].tolist() == [21, 22, 23, 0, 0, 0]
+
+
+def test_sequences_by_themselves_in_one_row():
+    """`concatenated` for a kernel that computes tree by tree: trees of one answer, without a prefix."""
+    batch = collate(DATA, MicroBatch([[1, 0]]), UNSHARED)
+    assert batch.input_ids_RL.tolist() == [[21, 22, 23, 11, 12, 13, 11, 12, 14, 15, 11, 12, 16]]
+    assert batch.tree_RL.tolist() == [[0, 0, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4]]
+    assert batch.branch_RL.tolist() == [[1] * 13]
+    assert batch.position_RL.tolist() == [[0, 1, 0, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2]]
+    assert batch.end_row_N.tolist() == [0] * 5 and batch.end_index_N.tolist() == [1, 2, 5, 9, 12]
+    assert batch.tree_parts == [[0, 2], [0, 1], [0, 3], [0, 4], [0, 3]] and batch.length_N.tolist() == [2, 1, 3, 4, 3]
+
+
+def test_rows_with_a_dense_mask_by_hand():
+    """Padded to a multiple of 64."""
+    two = collate(DATA, MicroBatch([[0], [1]]), Layout("shared_prefix", 0))
+    assert two.tree_RL.tolist() == [[0] * 6 + [-1] * 58, [0] * 3 + [-1] * 61]
+    assert two.input_ids_RL[1].tolist() == [21, 22, 23] + [0] * 61
     assert two.end_row_N.tolist() == [0, 0, 0, 1, 1] and two.end_index_N.tolist() == [2, 4, 5, 1, 2]
     assert two.tree_parts is None
 
 
-@pytest.mark.parametrize("layout", [PACKED, PADDED], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [PACKED, UNSHARED, PADDED], ids=["packed", "unshared", "padded"])
 def test_comparisons_and_columns_by_hand(layout):
-    batch = collate(DATA, MicroBatch([[1], [0]]), layout)
+    rows = [[1, 0]] if layout.by_tree else [[1], [0]]
+    batch = collate(DATA, MicroBatch(rows), layout)
     assert batch.chosen_C.tolist() == [1, 2, 3, 3, 4] and batch.rejected_C.tolist() == [0, 4, 2, 4, 3]
     assert batch.share_C.tolist() == [1, 0.25, 0.25, 0.25, 0.25] and batch.share_C.dtype == torch.float32
     assert batch.margin_C.tolist() == [5, 1, 2, 3, 4] and batch.weight_C.tolist() == [1] * 5
@@ -57,7 +74,7 @@ def test_comparisons_and_columns_by_hand(layout):
     assert table["index"].tolist() == [0, 0, 0, 0, 1] and table["share"].tolist() == [0.25] * 4 + [1]
     assert table["length_chosen"].tolist() == [3, 4, 4, 3, 1] and table["length_rejected"].tolist() == [3, 3, 3, 4, 2]
     assert table["prefix_length"].tolist() == [2, 2, 2, 2, 0]
-    dummy = collate(DATA, MicroBatch([[1], [0]], is_dummy=True), layout)
+    dummy = collate(DATA, MicroBatch(rows, is_dummy=True), layout)
     assert dummy.share_C.tolist() == [0] * 5 and torch.equal(dummy.margin_C, batch.margin_C)
 
 

@@ -1,23 +1,28 @@
 """Rewards and gradients of both layouts equal those of plain transformers, for any number of answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from conftest import CAUSAL, ENCODERS, PAD, VOCAB, random_pairs, tiny_classifier
+import varlen
+from conftest import CAUSAL, ENCODERS, PAD, ROOT, VOCAB, random_pairs, tiny_classifier
 from examples import preference_data
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rm.collate import collate, collate_trees
+from rm.collate import _pack, collate, collate_trees
 from rm.config.errors import InputError
 from rm.data.plan import Layout, MicroBatch, plan_micro_batches
-from rm.forward import choose_layout, concatenated_forward, forward_batch, score_batch
+from rm.forward import choose_layout, concatenated_forward, forward_batch, layout_problem, score_batch
 from rm.loss import pairwise_loss
-from rm.model.attention import SDPA_BY_TREE, attention_mask
+from rm.model.attention import SDPA_BY_TREE, VARLEN, attention_inputs, sees
 from rm.model.reward_model import RewardModel, unwrapped
 from rm.score.rewards import TreeList, score_prompts
 
 CPU = torch.device("cpu")
 PACKED, BY_TREE = Layout("shared_prefix", PAD), Layout("shared_prefix", PAD, by_tree=True)
-PADDED = Layout("concatenated", PAD)
+PADDED, UNSHARED = Layout("concatenated", PAD), Layout("concatenated", PAD, by_tree=True)
+BY_TREE_KERNELS = (SDPA_BY_TREE, VARLEN)
 ROWS = {"one row": [[0, 1, 2, 3, 4]], "three rows": [[4, 0], [1, 2], [3]]}
 
 
@@ -89,9 +94,10 @@ def test_layouts_equal_plain_transformers(kind, groups, monkeypatch):
 
     cases = [(PADDED, [[i] for i in range(5)], "sdpa")]
     cases += [(PACKED, rows, kernel) for rows in ROWS.values() for kernel in ("sdpa", SDPA_BY_TREE)]
-    cases += [(BY_TREE, ROWS["one row"], SDPA_BY_TREE)]  # each prefix and each answer is a piece
+    cases += [(layout, ROWS["one row"], kernel) for layout in (BY_TREE, UNSHARED) for kernel in BY_TREE_KERNELS]
+    varlen.install(monkeypatch)
     for layout, rows, kernel in cases:
-        monkeypatch.setattr("rm.model.attention.SMALL_TREE", 0 if layout is BY_TREE else 128)
+        monkeypatch.setattr("rm.model.attention.SMALL_TREE", 128 if layout is PACKED else 0)
         micro_batch = MicroBatch(rows)
         batch = collate(groups, micro_batch, layout)
         places = np.concatenate([np.arange(first[i], first[i + 1]) for i in micro_batch.prompts])
@@ -159,7 +165,9 @@ def test_mask_by_hand():
 
     def mask(kind: str, **options) -> list[list[int]]:
         config = tiny_classifier(kind, attn_implementation="sdpa", **options).config
-        return attention_mask(config, batch, torch.float32)[0, 0].int().tolist()
+        mask_L_L = attention_inputs(config, batch, torch.float32)["attention_mask"][0, 0]
+        assert mask_L_L.shape == (64, 64) and not mask_L_L[6:, :5].any()  # the row is rounded up
+        return mask_L_L[:6, :6].int().tolist()
 
     assert mask("llama") == expected
     expected[2][0] = expected[3][0] = 0  # position 2 - position 0 = 2 is outside a window of 2
@@ -198,39 +206,80 @@ def test_auto_is_shared_prefix_where_it_is_verified(pairs, groups):
     model = set_kernel(RewardModel(tiny_classifier("llama")), SDPA_BY_TREE)
     for data, count in ((pairs, 4), (groups, 4), (random_pairs(1), 1)):
         layout = choose_layout("auto", model, data, PAD)
-        assert (layout.name, layout.by_tree) == ("shared_prefix", True)
-        assert layout.reason.startswith(f"verified: rewards of {count} prompts agree to ")
-    assert choose_layout("concatenated", model, pairs, PAD) == PADDED
+        assert layout == replace(BY_TREE, reason=f"verified on {count} prompts")
+    assert choose_layout("concatenated", model, pairs, PAD) == replace(UNSHARED, reason="verified on 4 prompts")
+    assert choose_layout("concatenated", set_kernel(model, "sdpa"), pairs, PAD) == PADDED
+    for kind in CAUSAL:
+        for kernel in ("sdpa", "eager", SDPA_BY_TREE):
+            model = set_kernel(RewardModel(tiny_classifier(kind)), kernel).train()
+            assert choose_layout("auto", model, pairs, PAD).name == "shared_prefix"
+            assert model.config._attn_implementation == kernel and model.training
+            assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_model_that_does_not_pass_the_trees_on(pairs, monkeypatch):
+def test_a_model_that_does_not_pass_the_pieces_on_gets_dense_masks(pairs, monkeypatch):
     model = set_kernel(RewardModel(tiny_classifier("llama")), SDPA_BY_TREE)
     backbone = unwrapped(model.classifier).base_model
     forward = type(backbone).forward
 
-    def without_trees(self, input_ids, attention_mask, position_ids=None, use_cache=False, pieces=None):
+    def without_pieces(self, input_ids, attention_mask, position_ids=None, use_cache=False, pieces=None):
         return forward(self, input_ids, attention_mask, position_ids, use_cache=use_cache)
 
-    monkeypatch.setattr(type(backbone), "forward", without_trees)
+    monkeypatch.setattr(type(backbone), "forward", without_pieces)
     layout = choose_layout("auto", model, pairs, PAD)
-    assert layout.name == "concatenated" and "gets no pieces" in layout.reason
-    assert choose_layout("auto", set_kernel(model, "sdpa"), pairs, PAD).name == "shared_prefix"
+    assert layout.name == "shared_prefix" and layout.reason.endswith("LlamaAttention gets no pieces of rows")
+    assert not layout.by_tree and model.config._attn_implementation == "sdpa"
 
 
-def test_a_wrong_mask_is_noticed(pairs, monkeypatch):
-    """auto falls back where packed rewards differ; shared_prefix, given by name, is an error."""
-    model = set_kernel(RewardModel(tiny_classifier("llama")), "sdpa")
-    seen = torch.ones(200, 200, dtype=torch.bool).tril()
+def sees_other_answers(batch, row, query, key, window=None):
+    return (batch.tree_RL[row, query] == batch.tree_RL[row, key]) & (key <= query)
 
-    def causal(config, batch, dtype):
-        length = batch.input_ids_RL.shape[1]
-        return seen[None, None, :length, :length] if batch.is_packed else attention_mask(config, batch, dtype)
 
-    monkeypatch.setattr("rm.forward.attention_mask", causal)
-    layout = choose_layout("auto", model, pairs, PAD)
-    assert layout.name == "concatenated" and layout.reason.startswith("rewards of 4 prompts differ by ")
-    with pytest.raises(InputError, match="^layout=shared_prefix: rewards of 4 prompts differ by .*; use layout=auto"):
-        choose_layout("shared_prefix", model, pairs, PAD)
+def sees_other_trees(batch, row, query, key, window=None):
+    in_branch = (batch.branch_RL[row, key] == 0) | (batch.branch_RL[row, key] == batch.branch_RL[row, query])
+    return in_branch & (key <= query)
+
+
+def misses_the_first_token(batch, row, query, key, window=None):
+    is_missed = (batch.branch_RL[row, query] == 2) & (batch.position_RL[row, key] == 0) & (key != query)
+    return sees(batch, row, query, key, window) & ~is_missed
+
+
+def one_position_late(rows, *more):
+    batch = _pack(rows, *more)
+    return replace(batch, position_RL=batch.position_RL + (batch.branch_RL == 2))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("wrong", [sees_other_answers, sees_other_trees, misses_the_first_token, one_position_late])
+def test_wrong_masks_and_positions_are_noticed(monkeypatch, wrong, autocast):
+    """Also with small random weights, where attention is nearly uniform, and under bf16 autocast, which is turned off.
+
+    auto falls back to padded rows; shared_prefix, given by name, is an error.
+    """
+    monkeypatch.setattr("rm.collate._pack" if wrong is one_position_late else "rm.model.attention.sees", wrong)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(ROOT / "configs" / "tiny_llama", num_labels=1, pad_token_id=PAD)
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(classifier.score.weight, std=(config.hidden_size + 1) ** -0.5)
+    for kernel in ("sdpa", "eager", SDPA_BY_TREE):
+        model = set_kernel(RewardModel(classifier), kernel)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            layout = choose_layout("auto", model, random_pairs(40), PAD)
+            assert layout.name == "concatenated" and layout.reason.startswith("rewards differ by ")
+            with pytest.raises(InputError, match="^layout=shared_prefix: rewards differ by .*; use layout=auto"):
+                choose_layout("shared_prefix", model, random_pairs(40), PAD)
+
+
+def test_half_precision_weights_have_a_looser_tolerance(pairs):
+    """Their rounding is no difference between the layouts, a wrong mask still is one."""
+    model = RewardModel(tiny_classifier("llama").bfloat16())
+    batches = [collate(pairs, MicroBatch(rows), layout) for rows, layout in (
+        ([list(range(6))], PACKED), ([[i] for i in range(6)], PADDED),
+    )]  # fmt: skip
+    assert layout_problem(set_kernel(model, "sdpa").eval(), *batches) == ""
+    batches[0].branch_RL.fill_(0)
+    assert layout_problem(model, *batches).startswith("rewards differ by ")
 
 
 def test_an_error_of_the_model_is_not_hidden(pairs, monkeypatch):
@@ -242,7 +291,7 @@ def test_an_error_of_the_model_is_not_hidden(pairs, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "kernel", "reason"), [
     ("bert", "eager", "the model is an encoder: every token sees the whole sequence"),
-    ("llama", "flash_attention_2", "attn_implementation flash_attention_2 takes no mask for each query"),
+    ("llama", "flash_attention_4", "attn_implementation flash_attention_4 takes no mask for each query"),
 ])  # fmt: skip
 def test_models_that_do_not_support_packed_rows(pairs, kind, kernel, reason):
     model = RewardModel(tiny_classifier(kind))
@@ -255,7 +304,7 @@ def test_models_that_do_not_support_packed_rows(pairs, kind, kernel, reason):
 # ---------------------------------------------------------------- scoring
 
 
-@pytest.mark.parametrize("layout", [BY_TREE, PACKED, PADDED], ids=["by_tree", "packed", "padded"])
+@pytest.mark.parametrize("layout", [BY_TREE, UNSHARED, PACKED, PADDED], ids=["by_tree", "unshared", "packed", "padded"])
 def test_score_prompts(groups, layout):
     """In the order of the data, whatever the micro-batches; the same bits for trees in memory."""
     classifier = tiny_classifier("qwen3")
@@ -273,7 +322,7 @@ def test_score_prompts(groups, layout):
     assert model.training and score_prompts(model, TreeList([]), layout, 9) == []
 
 
-@pytest.mark.parametrize("layout", [BY_TREE, PACKED, PADDED], ids=["by_tree", "packed", "padded"])
+@pytest.mark.parametrize("layout", [BY_TREE, UNSHARED, PACKED, PADDED], ids=["by_tree", "unshared", "packed", "padded"])
 def test_score_tokens(groups, layout):
     """The value at a token is the reward of the sequence that ends there; the last one is the reward."""
     model = set_kernel(RewardModel(tiny_classifier("gemma3_text")), SDPA_BY_TREE if layout.by_tree else "sdpa")

@@ -63,8 +63,9 @@ class PreferenceData:
         """Tokens of every prompt in a batch of `layout`, int64 [n]."""
         counts, lengths = ragged(self.dataset, "answer_lengths")
         prefix, starts = flat(self.dataset, "prefix_length").astype(np.int64), np.cumsum(counts) - counts
-        if layout.name == "shared_prefix":
-            return prefix + np.add.reduceat(lengths.astype(np.int64), starts)
+        if layout.name == "shared_prefix" or layout.by_tree:
+            copies = 1 if layout.name == "shared_prefix" else counts
+            return copies * prefix + np.add.reduceat(lengths.astype(np.int64), starts)
         return counts * (prefix + np.maximum.reduceat(lengths.astype(np.int64), starts))
 
     @cached_property

@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-ROW_TOKENS = 256  # rows with a dense mask are filled up to this, or to the largest tree: a mask costs length squared
+ROW_TOKENS = 256  # rows with a dense mask are filled up to this, or to their largest tree: a mask costs length squared
+ROW_MULTIPLE = 64  # tokens: the lengths of these rows are multiples of it, so that there are few shapes
 
 
 @dataclass(frozen=True)
 class Layout:
     """How prompts become the rows of a batch.
 
-    name: "shared_prefix" (packed trees: the prompt once, then its answers) or "concatenated" (one sequence per row).
+    name: "shared_prefix" (trees: the prompt once, then its answers) or "concatenated" (every sequence by itself).
     reason: why it was chosen. by_tree: the attention kernel computes tree by tree, so that one long row costs no more
-    than several short ones.
+    than several short ones. A micro-batch is then one row of trees without padding, of `concatenated` too.
     """
 
     name: str
@@ -80,6 +81,30 @@ def pack_rows(costs: Sequence[int], row_tokens: int) -> list[list[int]]:
         num_rows += 1 + num_rows // 50
 
 
+def round_up(length: int) -> int:
+    """The smallest multiple of `ROW_MULTIPLE` that is at least `length`."""
+    return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def first_fit(costs: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Pack positions of `costs`, the largest first, each into the first row with room for it.
+
+    A row has room for `row_tokens` or for its first prompt, rounded up. So short prompts fill rows of long ones, and no
+    row is longer than its longest prompt needs. Source: Johnson 1973, first-fit decreasing.
+    """
+    rows: list[list[int]] = []
+    free = np.zeros(len(costs), np.int64)
+    for i in np.argsort(-np.asarray(costs), kind="stable").tolist():
+        r = int(np.argmax(free >= costs[i]))
+        if free[r] < costs[i]:
+            r = len(rows)
+            rows.append([])
+            free[r] = round_up(max(int(costs[i]), row_tokens))
+        rows[r].append(i)
+        free[r] -= costs[i]
+    return rows
+
+
 def split_micro_batches(rows: list[list[int]], widths: Sequence[int], micro_batch_tokens: int) -> list[list[list[int]]]:
     """Group rows, longest first, so that (rows in the group) x (its longest width) <= `micro_batch_tokens`.
 
@@ -110,13 +135,17 @@ def plan_micro_batches(
         For each process its micro-batches; all lists have the same length.
     """
     plans: list[list[MicroBatch]] = []
-    row_tokens = micro_batch_tokens if layout.by_tree else min(ROW_TOKENS, micro_batch_tokens)
     for share in balance(costs, num_processes):
         share_costs = costs[share]
-        is_packed = layout.name == "shared_prefix"
-        rows = pack_rows(share_costs, row_tokens) if is_packed else [[i] for i in range(len(share))]
-        widths = [int(share_costs[row].sum()) for row in rows]
-        groups = split_micro_batches(rows, widths, micro_batch_tokens)
+        if layout.by_tree:
+            groups = [[row] for row in pack_rows(share_costs, micro_batch_tokens)]
+        else:
+            rows = [[i] for i in range(len(share))]
+            widths = share_costs.tolist()
+            if layout.name == "shared_prefix":
+                rows = first_fit(share_costs, min(ROW_TOKENS, micro_batch_tokens))
+                widths = [round_up(int(share_costs[row].sum())) for row in rows]
+            groups = split_micro_batches(rows, widths, micro_batch_tokens)
         plans.append([MicroBatch([[int(indices[share[i]]) for i in row] for row in group]) for group in groups])
     dummy = MicroBatch([[int(indices[int(np.argmin(costs))])]], is_dummy=True)
     longest = max(map(len, plans))

@@ -25,7 +25,7 @@ from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
 from rm.evaluate.table import compare_tables, has_several, slices, worst
 from rm.forward import choose_layout
 from rm.model.load import check_positions, load_saved_model, load_tokenizer
-from rm.model.reward_model import is_half_precision, set_tf32
+from rm.model.reward_model import set_tf32
 from rm.model.saved import conversations_from_text, recorded_config
 from rm.visualize_samples import reward_table, write_records
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 SAME_DATA = (*fields_of(DatasetOptions), "seed")  # options that decide which rows there are, whatever the tokenizer
 ACCEPTS = (*fields_of(DataOptions), *fields_of(LossOptions), *fields_of(QuantizationOptions), "seed", "dtype")
 ACCEPTS += ("trust_remote_code", "micro_batch_tokens", "eval_micro_batch_tokens", "layout", "mixed_precision")
-ACCEPTS += ("eval_dtype", "tf32")
+ACCEPTS += ("eval_dtype", "tf32", "attn_implementation")
 
 
 class Evaluation(Section):
@@ -60,9 +60,8 @@ def evaluator_of(config: RewardConfig, accelerator: Accelerator) -> Evaluator:
         logger.info(why)
     check_positions(config, data.audit["max_tokens"])
     model = load_saved_model(config.model_name_or_path, tokenizer, config)
-    is_half = is_half_precision(model, accelerator.mixed_precision, config.tf32)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    layout = choose_layout(config.layout, model, data, tokenizer.pad_token_id, 5e-2 if is_half else 1e-4)
+    layout = choose_layout(config.layout, model, data, tokenizer.pad_token_id)
     return Evaluator(data, model, accelerator, layout, config)
 
 

@@ -1,13 +1,19 @@
 """Which token sees which in rows of trees: one rule, as a dense mask or piece by piece.
 
-Shape suffixes: R rows, L tokens in a row.
+Kernels (names for `attn_implementation`): `sdpa` and `eager` take dense masks. `sdpa_by_tree` (CPU) and
+`varlen_by_tree` (CUDA, half precision) compute the pieces of one row: no squares between answers, no padding.
+
+Shape suffixes: R rows, L tokens in a row; T tokens, H heads, D numbers per head.
 """
 
 import inspect
 import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -16,13 +22,27 @@ from rm.collate import Batch
 from rm.config.errors import InputError
 from rm.model.reward_model import unwrapped
 
-SDPA_BY_TREE = "sdpa_by_tree"  # a name for `attn_implementation`, beside transformers' own
-SMALL_TREE = 128  # tokens of a tree whose masked square is faster than a call for each piece
+BY_TREE = SDPA_BY_TREE, VARLEN = "sdpa_by_tree", "varlen_by_tree"  # beside transformers' own names
+FLASH = ("flash_attention_2", "flash_attention_3")  # requests for attention without masks
+SMALL_TREE = 128  # tokens of a tree whose masked square is faster than a call of `sdpa` for each piece
+CHECKED_WINDOW = 8  # tokens of a sliding window in the check of a kernel: the rows are short
 Piece = tuple[int, int, int, int]  # start and length of queries, start and length of the prefix that they see too
 
 
-def attention_pieces(tree_parts: list[list[int]]) -> list[Piece]:
-    """The pieces of a row: each prefix and each answer of its trees, or a small tree as a whole.
+class Pieces(NamedTuple):
+    """The pieces of a row; for `varlen_attn` also the tokens of all keys (int64), the boundaries of the pieces among
+    queries and among keys (int32 [pieces + 1]), and the longest of each."""
+
+    pieces: list[Piece]
+    key_T: Tensor | None = None
+    cu_seq_q: Tensor | None = None
+    cu_seq_k: Tensor | None = None
+    max_q: int = 0
+    max_k: int = 0
+
+
+def attention_pieces(tree_parts: list[list[int]], small_tree: int) -> list[Piece]:
+    """The pieces of a row: each prefix and each answer of its trees; trees of up to `small_tree` tokens as a whole.
 
     An answer sees its prefix and no other answer, so the squares between answers are not computed. `tree_parts`: for
     each tree the tokens of its prefix and of its answers.
@@ -30,7 +50,7 @@ def attention_pieces(tree_parts: list[list[int]]) -> list[Piece]:
     pieces, start = [], 0
     for prefix, *answers in tree_parts:
         total = prefix + sum(answers)
-        if total <= SMALL_TREE:
+        if total <= small_tree:
             pieces.append((start, total, start, 0))
         else:
             pieces += [(start, prefix, start, 0)] if prefix else []
@@ -38,6 +58,17 @@ def attention_pieces(tree_parts: list[list[int]]) -> list[Piece]:
             pieces += [(first, length, start, prefix) for first, length in zip(starts, answers, strict=True)]
         start += total
     return pieces
+
+
+def varlen_pieces(tree_parts: list[list[int]], device: torch.device) -> Pieces:
+    """The pieces of a row for `varlen_attn`; does not wait for the device."""
+    pieces = attention_pieces(tree_parts, 0)
+    sizes = torch.tensor([(0, 0), *((size, prefix + size) for _, size, _, prefix in pieces)])
+    keys = [
+        torch.arange(i, i + n) for start, size, first, prefix in pieces for i, n in ((first, prefix), (start, size))
+    ]
+    bounds = sizes.cumsum(0).T.to(torch.int32).contiguous().to(device, non_blocking=True)
+    return Pieces(pieces, torch.cat(keys).to(device, non_blocking=True), *bounds, *sizes.amax(0).tolist())
 
 
 def sees(batch: Batch, row: Tensor, query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
@@ -52,28 +83,39 @@ def sees(batch: Batch, row: Tensor, query: Tensor, key: Tensor, window: int | No
     return seen if window is None else seen & (position_RL[row, query] - position_RL[row, key] < window)
 
 
-def attention_mask(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """The mask of `batch` for a model with `config` and weights of `dtype`: one tensor, or one per layer type.
+def dense_mask(batch: Batch, window: int | None = None) -> Tensor:
+    """What every token of packed rows sees, bool [R, 1, L, L]."""
+    row, index = (torch.arange(size, device=batch.input_ids_RL.device) for size in batch.input_ids_RL.shape)
+    return sees(batch, row[:, None, None, None], index[:, None], index, window)
 
-    Padded rows: 0/1 [R, L]. Packed rows: bool (`sdpa`) or additive (`eager`) [R, 1, L, L], or the additive masks of all
-    pieces (`sdpa_by_tree`), float32 [1, 1, 1, sum of queries x keys].
+
+def attention_inputs(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+    """Positions and masks of `batch` for a model with `config` and weights of `dtype`.
+
+    Padded rows: attention_mask, 0/1 [R, L]. Packed rows: position_ids; the mask, one or one per layer type, is bool
+    (`sdpa`) or additive (`eager`) [R, 1, L, L]. One row for `BY_TREE`: also its pieces, with the additive masks of all,
+    float32 [1, 1, 1, sum of queries x keys], or for `VARLEN` with an empty mask.
     """
     if not batch.is_packed:
-        return batch.attention_mask_RL
-    text, kernel = config.get_text_config(), config._attn_implementation
-    (num_rows, length), device = batch.input_ids_RL.shape, batch.input_ids_RL.device
-    row, index = torch.arange(num_rows, device=device), torch.arange(length, device=device)
+        return {"attention_mask": batch.attention_mask_RL}
+    text, kernel, device = config.get_text_config(), config._attn_implementation, batch.input_ids_RL.device
+    inputs: dict[str, Any] = {"position_ids": batch.position_RL}
+    if by_tree := kernel in BY_TREE and batch.tree_parts is not None:
+        pieces = Pieces(attention_pieces(batch.tree_parts, SMALL_TREE))
+        inputs["pieces"] = varlen_pieces(batch.tree_parts, device) if kernel == VARLEN else pieces
 
     def mask(window: int | None) -> Tensor:
-        if by_tree := kernel == SDPA_BY_TREE and batch.tree_parts is not None:
-            parts = []
-            for start, size, prefix_start, prefix_size in attention_pieces(batch.tree_parts):
+        if by_tree and kernel == VARLEN:
+            return torch.empty(1, 1, 1, 0, device=device)
+        if by_tree:
+            index, parts = torch.arange(batch.input_ids_RL.shape[1], device=device), []
+            for start, size, first, prefix in pieces.pieces:
                 queries = index[start : start + size]
-                keys = torch.cat([index[prefix_start : prefix_start + prefix_size], queries])
-                parts.append(sees(batch, row, queries[:, None], keys, window).flatten())
+                keys = torch.cat([index[first : first + prefix], queries])
+                parts.append(sees(batch, index[:1], queries[:, None], keys, window).flatten())
             seen = torch.cat(parts)[None, None, None]
         else:
-            seen = sees(batch, row[:, None, None, None], index[:, None], index, window)
+            seen = dense_mask(batch, window)
         if not by_tree and kernel != "eager":
             return seen
         additive = torch.zeros_like(seen, dtype=torch.float32 if by_tree else dtype)
@@ -82,7 +124,7 @@ def attention_mask(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype) -
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])  # without types it is for all layers
     masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
-    return masks if len(masks) > 1 else masks.popitem()[1]
+    return inputs | {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1]}
 
 
 def packing_problem(model: nn.Module) -> str:
@@ -94,44 +136,127 @@ def packing_problem(model: nn.Module) -> str:
         return "the model is an encoder: every token sees the whole sequence"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{type(backbone).__name__} takes no position_ids"
-    if kernel not in ("sdpa", "eager", SDPA_BY_TREE):
+    if kernel not in ("sdpa", "eager", *BY_TREE):
         return f"attn_implementation {kernel} takes no mask for each query"
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     return f"layers of type {', '.join(sorted(unknown))} take no attention mask" if unknown else ""
 
 
-def attend_by_tree(module, query, key, value, attention_mask, pieces: list[Piece] | None = None, **options):
-    """transformers' `sdpa` for each piece of the only row (`attention_pieces`); without `pieces` this is `sdpa`.
+# ---------------------------------------------------------------- the kernels
 
-    Computes in float32 also under bf16: on CPUs the backward pass of the kernel is slower in bf16. Raises `InputError`
-    for a model that does not pass the pieces on.
+
+def attend_by_tree(module, query, key, value, attention_mask, pieces: Pieces | None = None, **options):
+    """Attention of the only row piece by piece; without `pieces` transformers' `sdpa`. Accepts any mix of dtypes.
+
+    `varlen_attn` where it runs. Otherwise `sdpa` for each piece, in float32 also under bf16: on CPUs the backward pass
+    of the kernel is slower in bf16. Raises `InputError` for a model that does not pass the pieces on.
     """
-    sizes = [size * (prefix_size + size) for _, size, _, prefix_size in pieces or ()]
-    if attention_mask is not None and attention_mask.shape[3] != (key.shape[2] if pieces is None else sum(sizes)):
+    sizes = [size * (prefix_size + size) for _, size, _, prefix_size in pieces[0]] if pieces else []
+    if attention_mask is not None and attention_mask.shape[3] not in ({0, sum(sizes)} if pieces else {key.shape[2]}):
         raise InputError(f"{type(module).__name__} gets no pieces of rows (attn_implementation=sdpa needs none)")
     if pieces is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        states = query.to(value.dtype), key.to(value.dtype), value
+        return sdpa_attention_forward(module, *states, attention_mask, **options)
+    if runs_varlen(value) and pieces.key_T is not None:
+        return attend_varlen(query, key, value, pieces, **options)
     outputs, (query_row, *rows) = [], [states.float() for states in (query, key, value)]
+    masks = attention_mask.float().split(sizes, dim=3) if attention_mask.shape[3] else [None] * len(sizes)
+    window = options.get("sliding_window") or query.shape[2]  # for pieces without masks
     with torch.autocast(query.device.type, enabled=False):
-        for piece, mask in zip(pieces, attention_mask.split(sizes, dim=3), strict=True):
-            start, size, prefix_start, prefix_size = piece
+        for (start, size, first, prefix), mask in zip(pieces[0], masks, strict=True):
             own = [row.narrow(2, start, size) for row in rows]
-            if prefix_size:
-                own = [
-                    torch.cat([row.narrow(2, prefix_start, prefix_size), part], 2)
-                    for row, part in zip(rows, own, strict=True)
-                ]
-            mask = mask.view(1, 1, size, prefix_size + size)
+            if prefix:
+                own = [torch.cat([row.narrow(2, first, prefix), part], 2) for row, part in zip(rows, own, strict=True)]
+            if mask is None:
+                seen = torch.ones(size, prefix + size, dtype=torch.bool, device=query.device)
+                mask = seen.tril(prefix).triu(prefix - window + 1)
+            mask = mask.view(1, 1, size, prefix + size)
             outputs.append(sdpa_attention_forward(module, query_row.narrow(2, start, size), *own, mask, **options)[0])
-    return torch.cat(outputs, dim=1).to(query.dtype), None
+    return torch.cat(outputs, dim=1).to(value.dtype), None
 
 
-# not compiled: the loop differs from batch to batch
-AttentionInterface.register(SDPA_BY_TREE, torch.compiler.disable(attend_by_tree))
-AttentionMaskInterface.register(SDPA_BY_TREE, sdpa_mask)  # for rows without trees
+def runs_varlen(value: Tensor) -> bool:
+    """Half precision on CUDA. A run may also compute in float32, since code turns autocast off."""
+    return value.is_cuda and value.dtype in (torch.float16, torch.bfloat16)
 
 
-def use_cpu_kernel(model: PreTrainedModel, chosen: str | None) -> None:
-    """Without an accelerator, replace `sdpa` by `sdpa_by_tree`, unless the user has `chosen` a kernel."""
-    if not torch.accelerator.is_available() and model.config._attn_implementation == "sdpa" and chosen is None:
+def attend_varlen(query, key, value, pieces, scaling=None, sliding_window=None, dropout=0.0, **options):
+    """One call of `varlen_attn` for all pieces, causal with bottom-right alignment: [1, H, T, D] to [1, T, H, D].
+
+    Raises `InputError` for what the kernel does not have.
+    """
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    unsupported += ["dropout: set disable_dropout=true"] if dropout else []
+    if unsupported or (size := query.shape[3]) != value.shape[3] or size % 8 or size > 256:
+        raise InputError(f"{VARLEN} has no {', '.join(unsupported) or f'heads of {size} numbers'}")
+    query_THD, key_THD, value_THD = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
+    key_THD, value_THD = (states.index_select(0, pieces.key_T) for states in (key_THD, value_THD))
+    options = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0), "enable_gqa": True}
+    return varlen_attn(query_THD, key_THD, value_THD, *pieces[2:], **options)[None], None
+
+
+def register(attend: Callable) -> None:
+    """Make `attend` the function of the kernels `BY_TREE`. Not compiled: its loop differs from batch to batch."""
+    for name in BY_TREE:
+        AttentionInterface.register(name, torch.compiler.disable(attend))
+        AttentionMaskInterface.register(name, sdpa_mask)  # for rows without trees
+
+
+register(attend_by_tree)
+
+
+def use_tree_kernel(model: PreTrainedModel, chosen: str | None) -> None:
+    """Without an accelerator, replace `sdpa` by `sdpa_by_tree`, unless the user has `chosen` another kernel than `FLASH`.
+    On CUDA, use `varlen_by_tree` if one of `FLASH` was chosen."""
+    is_flash, kernel = chosen in FLASH, model.config._attn_implementation
+    if not torch.accelerator.is_available() and kernel == "sdpa" and (is_flash or chosen is None):
         model.set_attn_implementation(SDPA_BY_TREE)
+    elif is_flash and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+        model.set_attn_implementation(VARLEN)
+
+
+def kernel_problem(model: PreTrainedModel, run: Callable[[], Any], batch: Batch) -> str:
+    """Why the kernel of the model, one of `BY_TREE`, must not compute the row `batch`; empty: it may. Collective.
+
+    `run` passes the batch through the model. Meanwhile the queries, keys and values of one layer are recorded for each
+    sliding window. On them the error of the kernel against float64 (output and gradients, worst token) must be at most
+    twice that of `sdpa` in the same dtype.
+    """
+    calls = {}
+
+    def record(module, query, key, value, mask, **options):  # computes nothing that could fail in a collective
+        calls.setdefault(options.get("sliding_window"), (module, (query, key, value), mask, options))
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+
+    def results(call: tuple, attend: Callable, dtype: torch.dtype, mask: Tensor) -> list[Tensor]:
+        leaves = [state.detach().to(dtype).requires_grad_() for state in call[1]]
+        with torch.enable_grad(), torch.autocast(mask.device.type, enabled=False):
+            output = attend(call[0], *leaves, mask, **call[3])[0]
+            gradients = torch.autograd.grad(output, leaves, output.detach())
+        return [output.detach(), *(gradient.transpose(1, 2) for gradient in gradients)]
+
+    try:
+        register(record)
+        run()
+    finally:
+        register(attend_by_tree)
+    kernel = model.config._attn_implementation
+    for window, (*call, mask, options) in calls.items():
+        dtype = call[1][2].dtype
+        if "pieces" not in options or (kernel == VARLEN and not runs_varlen(call[1][2])):
+            return (
+                f"{kernel} gets {dtype}" if "pieces" in options else f"{type(call[0]).__name__} gets no pieces of rows"
+            )
+        if kernel == VARLEN:
+            window = options["sliding_window"] = window and min(window, CHECKED_WINDOW)
+        call, dense = (*call, mask, options), dense_mask(batch, window)
+        try:
+            found = results(call, attend_by_tree, dtype, mask)
+        except InputError as error:
+            return str(error)
+        exact, plain = (results(call, sdpa_attention_forward, each, dense) for each in (torch.float64, dtype))
+        for true, *both in zip(exact, found, plain, strict=True):
+            error, allowed = ((tensor - true).flatten(2).norm(dim=2).amax().item() for tensor in both)
+            if not error <= 2 * allowed + 1e-6 * true.flatten(2).norm(dim=2).amax().item():
+                return f"{kernel} differs from float64 by {error:.2g} in one layer, sdpa by {allowed:.2g}"
+    return "" if calls else f"{type(model).__name__} has attention of its own"

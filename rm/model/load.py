@@ -15,7 +15,7 @@ from rm.config.errors import InputError
 from rm.config.options import LoraOptions, RewardConfig
 from rm.config.section import fields_of
 from rm.model.adapters import load_adapter, new_adapter, quantization_config
-from rm.model.attention import use_cpu_kernel
+from rm.model.attention import FLASH, use_tree_kernel
 from rm.model.reward_model import NUM_OUTPUTS, RewardModel, find_head, max_positions, unwrapped, use_liger_kernels
 from rm.model.saved import TOKENIZER_FILES, WEIGHT_FILES, check_folder, find_base, lacks, loading
 
@@ -98,7 +98,7 @@ def load_reward_model(tokenizer: Tokenizer, config: RewardConfig) -> RewardModel
     logger.info(f"reward head: {f'new, drawn from seed {config.seed}' if is_new else 'kept from the loaded model'}")
     if config.disable_dropout:
         _disable_dropout(model)
-    use_cpu_kernel(model, config.attn_implementation)
+    use_tree_kernel(model, config.attn_implementation)
     if config.gradient_checkpointing:
         kwargs = {"use_reentrant": False} | (config.gradient_checkpointing_kwargs or {})
         with loading(f"gradient_checkpointing with {kwargs}"):
@@ -137,6 +137,7 @@ def _open(name: str, revision: str, config: RewardConfig, attention: str | None,
     if attention == "flex_attention":
         raise InputError("attn_implementation=flex_attention is not supported; use sdpa, or none for the default")
     failed, auto = f"'{name}' could not be loaded as a reward model", AutoModelForSequenceClassification
+    attention = None if attention in FLASH else attention  # its kernel is set later, by `use_tree_kernel`
     options = dict(attn_implementation=attention, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     with loading(failed):
         model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
@@ -206,7 +207,7 @@ def load_saved_classifier(name: str, tokenizer: Tokenizer, config: RewardConfig,
 def load_saved_model(name: str, tokenizer: Tokenizer, config: RewardConfig) -> RewardModel:
     """The saved model `name`, as `rm.evaluate` and `rm.score` use it. Raises `InputError`."""
     model = RewardModel(load_saved_classifier(name, tokenizer, config, config.attn_implementation))
-    use_cpu_kernel(unwrapped(model.classifier), config.attn_implementation)
+    use_tree_kernel(unwrapped(model.classifier), config.attn_implementation)
     return model
 
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 MASKS = {**TOKEN_COLUMNS, ("input_ids",): ("attention_mask",)}  # keys of token ids -> those of their attention masks
 FORMS = [*MASKS, SIDES, ("responses",), ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",)]
 ACCEPTED = (*fields_of(TokenOptions), *fields_of(QuantizationOptions), "dtype", "trust_remote_code")
-ACCEPTED += ("micro_batch_tokens", "layout", "mixed_precision", "eval_dtype", "tf32")
+ACCEPTED += ("micro_batch_tokens", "layout", "mixed_precision", "eval_dtype", "tf32", "attn_implementation")
 
 
 class Scorer:
@@ -79,7 +79,8 @@ class Scorer:
         self.autocast = torch.autocast(self.device.type, half, enabled=half is not None)
         tolerance = 5e-2 if is_half_precision(self.model, config.mixed_precision, config.tf32) else 1e-4
         trees, pad = _random_trees(self.tokenizer), self.tokenizer.pad_token_id
-        self.layout = choose_layout(config.layout, self.model, trees, pad, tolerance)
+        with self.autocast:
+            self.layout = choose_layout(config.layout, self.model, trees, pad)
         self.eval_dtype = config.eval_dtype
         self.rounding = (5e-2 if self.eval_dtype else tolerance) / min(self.std, 1.0)  # of a reward, if scored again
 

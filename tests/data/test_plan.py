@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from examples import preference_data
 
-from rm.data.plan import Layout, StepPlan, balance, pack_rows, plan_micro_batches, split_micro_batches
+from rm.data.plan import Layout, StepPlan, balance, first_fit, pack_rows, plan_micro_batches, split_micro_batches
 
 PACKED, PADDED = Layout("shared_prefix", 0), Layout("concatenated", 0)
 RNG = np.random.default_rng(0)
@@ -38,6 +38,7 @@ def test_costs_by_hand():
     data = preference_data([[[1, 2, 3, 4], [1, 2, 5]], [[1, 2, 3], [1, 4], [1, 5, 6, 7]], [[1, 2, 3]]])
     assert data.costs(PACKED).tolist() == [2 + 2 + 1, 1 + 2 + 1 + 3, 3]
     assert data.costs(PADDED).tolist() == [2 * 4, 3 * 4, 3] and data.num_answers.tolist() == [2, 3, 1]
+    assert data.costs(Layout("concatenated", 0, by_tree=True)).tolist() == [4 + 3, 3 + 2 + 4, 3]
 
 
 def test_balance_pack_and_split_by_hand():
@@ -45,7 +46,10 @@ def test_balance_pack_and_split_by_hand():
     assert sorted(map(sorted, pack_rows([60, 50, 40, 30, 20], 100))) == [[0], [1, 4], [2, 3]]
     assert sorted(map(sorted, pack_rows([60, 50, 40, 30, 10], 100))) == [[0, 3, 4], [1, 2]]
     assert pack_rows([200, 50, 50], 100) == [[0], [1, 2]]  # a prompt longer than a row makes the rows longer
-    assert pack_rows([], 100) == []
+    assert pack_rows([], 100) == [] and first_fit([], 100) == []
+    # rows of 128 for the first prompts, of 256 for one of 200, whose rest is filled with the short ones
+    assert first_fit([60, 50, 40, 30, 10], 100) == [[0, 1, 4], [2, 3]]
+    assert first_fit([30, 200, 20, 40, 70], 100) == [[1, 3], [4, 0, 2]]
     assert split_micro_batches([["a"], ["b"], ["c"], ["d"]], [10, 40, 30, 20], 80) == [[["b"], ["c"]], [["d"], ["a"]]]
 
 
@@ -78,10 +82,21 @@ def test_micro_batches_keep_the_token_budget(layout):
     assert max(padded) <= 2048 and sum(padded) <= 1.1 * COSTS[layout].sum()  # little padding
 
 
+def test_rows_with_a_dense_mask_have_little_more_than_the_useful_area():
+    """Prompts of very different lengths: long rows for the long prompts only."""
+    costs = np.random.default_rng(0).lognormal(6, 0.8, 500).astype(int)
+    (plan,) = plan_micro_batches(np.arange(500), costs, PACKED, 8192)
+    rows = [[costs[row].sum() for row in micro_batch.rows] for micro_batch in plan]
+    area = sum(len(widths) * (-(-max(widths) // 64) * 64) ** 2 for widths in rows)
+    assert sorted(i for mb in plan for i in mb.prompts) == list(range(500))
+    assert area < 1.8 * (costs**2).sum() < len(costs) * costs.max() ** 2 / 5
+    assert len({-(-max(widths) // 64) for widths in rows}) < len(rows)
+
+
 def test_attention_by_tree_gets_one_long_row():
     rows = [width for (width,) in widths(Layout("shared_prefix", 0, by_tree=True), 2048)]
     assert max(rows) <= 2048 and min(rows) > 1500 and sum(rows) == COSTS[PACKED].sum()
-    assert max(map(max, widths(PACKED, 2048))) <= max(256, COSTS[PACKED].max())
+    assert max(map(max, widths(PACKED, 2048))) <= -(-COSTS[PACKED].max() // 64) * 64
 
 
 def test_processes_get_balanced_tokens_and_dummies():
