@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: no network, no tracker account, tiny models from configs."""
 
 import ctypes
+import fcntl
 import json
 import logging
 import os
@@ -8,11 +9,16 @@ import runpy
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline", WANDB_SILENT="true")
 ROOT = Path(__file__).resolve().parent.parent
+GPU_TESTS = ROOT / "tests" / "gpu"
+asked = [Path(word.partition("::")[0]).resolve() for word in sys.argv[1:]]
+if "PYTEST_XDIST_WORKER" not in os.environ and not any(path.is_relative_to(GPU_TESTS) for path in asked):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on CPUs; workers inherit this
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
@@ -231,6 +237,28 @@ def ends(tmp_path, monkeypatch, capsys, caplog):
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1], caplog.text
 
     return run
+
+
+@pytest.fixture
+def gpu():
+    """The device of the tests in gpu/, for one test at a time, since workers share it. `GPU_TESTS_DEVICE=cpu` rehearses
+    those that a CPU can run."""
+    device = os.environ.get("GPU_TESTS_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
+    if not device:
+        pytest.skip("needs a GPU")
+    with open(Path(tempfile.gettempdir()) / f"gpu-tests-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield torch.device(device)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def cuda(gpu):
+    """The device of a test that a CPU cannot rehearse."""
+    if gpu.type != "cuda":
+        pytest.skip("needs a GPU, also to rehearse")
+    return gpu
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import torch
 import varlen
 from conftest import CAUSAL, ENCODERS, PAD, ROOT, VOCAB, random_pairs, tiny_classifier
 from examples import preference_data
+from runs import SMALL
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rm.collate import _pack, collate, collate_trees
@@ -269,6 +270,25 @@ def test_wrong_masks_and_positions_are_noticed(monkeypatch, wrong, autocast):
             assert layout.name == "concatenated" and layout.reason.startswith("rewards differ by ")
             with pytest.raises(InputError, match="^layout=shared_prefix: rewards differ by .*; use layout=auto"):
                 choose_layout("shared_prefix", model, random_pairs(40), PAD)
+
+
+WRONG_MASK = """
+import rm.model.attention
+def sees(batch, row, query, key, window=None):
+    return (batch.tree_RL[row, query] == batch.tree_RL[row, key]) & (key <= query)
+rm.model.attention.sees = sees
+"""
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2 in bf16"])
+def test_several_processes_notice_a_wrong_mask(zygote, fsdp_zygote, tmp_path, engine):
+    """The gradients of the check go through sharded weights, and all processes end."""
+    options = ["--dataset_name=toy", *SMALL, "--layout=shared_prefix", "--output_dir=out"]
+    options += ["--mixed_precision=bf16"] if "bf16" in engine else []
+    start = (zygote if engine == "ddp" else fsdp_zygote).start_many
+    runs = start(2, options, tmp_path, fault=WRONG_MASK)
+    assert [run.wait() for run in runs] == [2, 2]
+    assert "error: layout=shared_prefix: rewards differ by " in runs[0].stderr and "Traceback" not in runs[0].stderr
 
 
 def test_half_precision_weights_have_a_looser_tolerance(pairs):

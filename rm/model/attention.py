@@ -7,9 +7,8 @@ Shape suffixes: R rows, L tokens in a row; T tokens, H heads, D numbers per head
 """
 
 import inspect
-import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +28,6 @@ CHECKED_WINDOW = 8  # tokens of a sliding window in the check of a kernel: the r
 Piece = tuple[int, int, int, int]  # start and length of queries, start and length of the prefix that they see too
 
 
-class Pieces(NamedTuple):
-    """The pieces of a row; for `varlen_attn` also the tokens of all keys (int64), the boundaries of the pieces among
-    queries and among keys (int32 [pieces + 1]), and the longest of each."""
-
-    pieces: list[Piece]
-    key_T: Tensor | None = None
-    cu_seq_q: Tensor | None = None
-    cu_seq_k: Tensor | None = None
-    max_q: int = 0
-    max_k: int = 0
-
-
 def attention_pieces(tree_parts: list[list[int]], small_tree: int) -> list[Piece]:
     """The pieces of a row: each prefix and each answer of its trees; trees of up to `small_tree` tokens as a whole.
 
@@ -49,26 +36,31 @@ def attention_pieces(tree_parts: list[list[int]], small_tree: int) -> list[Piece
     """
     pieces, start = [], 0
     for prefix, *answers in tree_parts:
-        total = prefix + sum(answers)
-        if total <= small_tree:
-            pieces.append((start, total, start, 0))
-        else:
-            pieces += [(start, prefix, start, 0)] if prefix else []
-            starts = itertools.accumulate(answers[:-1], initial=start + prefix)
-            pieces += [(first, length, start, prefix) for first, length in zip(starts, answers, strict=True)]
-        start += total
+        if prefix + sum(answers) <= small_tree:
+            prefix, answers = 0, [prefix + sum(answers)]
+        pieces += [(start, prefix, start, 0)] if prefix else []
+        first, start = start, start + prefix
+        for length in answers:
+            pieces.append((start, length, first, prefix))
+            start += length
     return pieces
 
 
-def varlen_pieces(tree_parts: list[list[int]], device: torch.device) -> Pieces:
-    """The pieces of a row for `varlen_attn`; does not wait for the device."""
-    pieces = attention_pieces(tree_parts, 0)
+def piece_keys(piece: Piece) -> Tensor:
+    """The tokens whose keys a piece reads, int64: those of the prefix, and its own."""
+    start, size, first, prefix = piece
+    return torch.cat([torch.arange(first, first + prefix), torch.arange(start, start + size)])
+
+
+def varlen_arguments(pieces: list[Piece], device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """All keys, int64; the boundaries of pieces among queries and among keys, int32 [pieces + 1]; the longest of both.
+
+    Does not wait for the device.
+    """
     sizes = torch.tensor([(0, 0), *((size, prefix + size) for _, size, _, prefix in pieces)])
-    keys = [
-        torch.arange(i, i + n) for start, size, first, prefix in pieces for i, n in ((first, prefix), (start, size))
-    ]
     bounds = sizes.cumsum(0).T.to(torch.int32).contiguous().to(device, non_blocking=True)
-    return Pieces(pieces, torch.cat(keys).to(device, non_blocking=True), *bounds, *sizes.amax(0).tolist())
+    key_T = torch.cat(list(map(piece_keys, pieces))).to(device, non_blocking=True)
+    return key_T, *bounds, *sizes.amax(0).tolist()
 
 
 def sees(batch: Batch, row: Tensor, query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
@@ -93,29 +85,27 @@ def attention_inputs(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype)
     """Positions and masks of `batch` for a model with `config` and weights of `dtype`.
 
     Padded rows: attention_mask, 0/1 [R, L]. Packed rows: position_ids; the mask, one or one per layer type, is bool
-    (`sdpa`) or additive (`eager`) [R, 1, L, L]. One row for `BY_TREE`: also its pieces, with the additive masks of all,
-    float32 [1, 1, 1, sum of queries x keys], or for `VARLEN` with an empty mask.
+    (`sdpa`) or additive (`eager`) [R, 1, L, L]. One row for `BY_TREE`: its pieces; the mask holds the additive masks of
+    all, float32 [1, 1, 1, sum of queries x keys], or for `VARLEN` nothing.
     """
     if not batch.is_packed:
         return {"attention_mask": batch.attention_mask_RL}
     text, kernel, device = config.get_text_config(), config._attn_implementation, batch.input_ids_RL.device
     inputs: dict[str, Any] = {"position_ids": batch.position_RL}
     if by_tree := kernel in BY_TREE and batch.tree_parts is not None:
-        pieces = Pieces(attention_pieces(batch.tree_parts, SMALL_TREE))
-        inputs["pieces"] = varlen_pieces(batch.tree_parts, device) if kernel == VARLEN else pieces
+        inputs["pieces"] = attention_pieces(batch.tree_parts, 0 if kernel == VARLEN else SMALL_TREE)
+    if by_tree and kernel == VARLEN:
+        inputs["varlen"] = varlen_arguments(inputs["pieces"], device)
 
     def mask(window: int | None) -> Tensor:
-        if by_tree and kernel == VARLEN:
+        if "varlen" in inputs:
             return torch.empty(1, 1, 1, 0, device=device)
         if by_tree:
-            index, parts = torch.arange(batch.input_ids_RL.shape[1], device=device), []
-            for start, size, first, prefix in pieces.pieces:
-                queries = index[start : start + size]
-                keys = torch.cat([index[first : first + prefix], queries])
-                parts.append(sees(batch, index[:1], queries[:, None], keys, window).flatten())
-            seen = torch.cat(parts)[None, None, None]
-        else:
-            seen = dense_mask(batch, window)
+            row, parts = torch.zeros(1, dtype=torch.long, device=device), []
+            for piece in inputs["pieces"]:
+                keys = piece_keys(piece).to(device)
+                parts.append(sees(batch, row, keys[-piece[1] :, None], keys, window).flatten())
+        seen = torch.cat(parts)[None, None, None] if by_tree else dense_mask(batch, window)
         if not by_tree and kernel != "eager":
             return seen
         additive = torch.zeros_like(seen, dtype=torch.float32 if by_tree else dtype)
@@ -145,31 +135,31 @@ def packing_problem(model: nn.Module) -> str:
 # ---------------------------------------------------------------- the kernels
 
 
-def attend_by_tree(module, query, key, value, attention_mask, pieces: Pieces | None = None, **options):
+def attend_by_tree(module, query, key, value, attention_mask, pieces=None, varlen=None, **options):
     """Attention of the only row piece by piece; without `pieces` transformers' `sdpa`. Accepts any mix of dtypes.
 
     `varlen_attn` where it runs. Otherwise `sdpa` for each piece, in float32 also under bf16: on CPUs the backward pass
     of the kernel is slower in bf16. Raises `InputError` for a model that does not pass the pieces on.
     """
-    sizes = [size * (prefix_size + size) for _, size, _, prefix_size in pieces[0]] if pieces else []
+    sizes = [size * (prefix + size) for _, size, _, prefix in pieces or ()]
     if attention_mask is not None and attention_mask.shape[3] not in ({0, sum(sizes)} if pieces else {key.shape[2]}):
         raise InputError(f"{type(module).__name__} gets no pieces of rows (attn_implementation=sdpa needs none)")
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if pieces is None:
-        states = query.to(value.dtype), key.to(value.dtype), value
-        return sdpa_attention_forward(module, *states, attention_mask, **options)
-    if runs_varlen(value) and pieces.key_T is not None:
-        return attend_varlen(query, key, value, pieces, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if varlen is not None and runs_varlen(value):
+        return attend_varlen(query, key, value, *varlen, **options)
     outputs, (query_row, *rows) = [], [states.float() for states in (query, key, value)]
     masks = attention_mask.float().split(sizes, dim=3) if attention_mask.shape[3] else [None] * len(sizes)
     window = options.get("sliding_window") or query.shape[2]  # for pieces without masks
     with torch.autocast(query.device.type, enabled=False):
-        for (start, size, first, prefix), mask in zip(pieces[0], masks, strict=True):
+        for (start, size, first, prefix), mask in zip(pieces, masks, strict=True):
             own = [row.narrow(2, start, size) for row in rows]
             if prefix:
                 own = [torch.cat([row.narrow(2, first, prefix), part], 2) for row, part in zip(rows, own, strict=True)]
             if mask is None:
-                seen = torch.ones(size, prefix + size, dtype=torch.bool, device=query.device)
-                mask = seen.tril(prefix).triu(prefix - window + 1)
+                mask = torch.ones(size, prefix + size, dtype=torch.bool, device=query.device)
+                mask = mask.tril(prefix).triu(prefix - window + 1)
             mask = mask.view(1, 1, size, prefix + size)
             outputs.append(sdpa_attention_forward(module, query_row.narrow(2, start, size), *own, mask, **options)[0])
     return torch.cat(outputs, dim=1).to(value.dtype), None
@@ -180,7 +170,7 @@ def runs_varlen(value: Tensor) -> bool:
     return value.is_cuda and value.dtype in (torch.float16, torch.bfloat16)
 
 
-def attend_varlen(query, key, value, pieces, scaling=None, sliding_window=None, dropout=0.0, **options):
+def attend_varlen(query, key, value, key_T, *sizes, scaling=None, sliding_window=None, dropout=0.0, **options):
     """One call of `varlen_attn` for all pieces, causal with bottom-right alignment: [1, H, T, D] to [1, T, H, D].
 
     Raises `InputError` for what the kernel does not have.
@@ -189,30 +179,26 @@ def attend_varlen(query, key, value, pieces, scaling=None, sliding_window=None, 
     unsupported += ["dropout: set disable_dropout=true"] if dropout else []
     if unsupported or (size := query.shape[3]) != value.shape[3] or size % 8 or size > 256:
         raise InputError(f"{VARLEN} has no {', '.join(unsupported) or f'heads of {size} numbers'}")
-    query_THD, key_THD, value_THD = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
-    key_THD, value_THD = (states.index_select(0, pieces.key_T) for states in (key_THD, value_THD))
+    query_THD, key_THD, value_THD = (states[0].transpose(0, 1) for states in (query, key, value))
+    key_THD, value_THD = (states.index_select(0, key_T) for states in (key_THD, value_THD))
     options = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0), "enable_gqa": True}
-    return varlen_attn(query_THD, key_THD, value_THD, *pieces[2:], **options)[None], None
+    return varlen_attn(query_THD, key_THD, value_THD, *sizes, **options)[None], None
 
 
-def register(attend: Callable) -> None:
-    """Make `attend` the function of the kernels `BY_TREE`. Not compiled: its loop differs from batch to batch."""
-    for name in BY_TREE:
-        AttentionInterface.register(name, torch.compiler.disable(attend))
-        AttentionMaskInterface.register(name, sdpa_mask)  # for rows without trees
-
-
-register(attend_by_tree)
+for name in BY_TREE:  # not compiled: the loop differs from batch to batch
+    AttentionInterface.register(name, torch.compiler.disable(attend_by_tree))
+    AttentionMaskInterface.register(name, sdpa_mask)  # for rows without trees
 
 
 def use_tree_kernel(model: PreTrainedModel, chosen: str | None) -> None:
-    """Without an accelerator, replace `sdpa` by `sdpa_by_tree`, unless the user has `chosen` another kernel than `FLASH`.
-    On CUDA, use `varlen_by_tree` if one of `FLASH` was chosen."""
-    is_flash, kernel = chosen in FLASH, model.config._attn_implementation
-    if not torch.accelerator.is_available() and kernel == "sdpa" and (is_flash or chosen is None):
+    """Without an accelerator, replace `sdpa` by `sdpa_by_tree`, unless the user has `chosen` a kernel that is not of
+    `FLASH`. With CUDA, use `varlen_by_tree` if one of `FLASH` was chosen."""
+    is_flash = chosen in FLASH
+    if torch.accelerator.is_available():
+        if is_flash and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+            model.set_attn_implementation(VARLEN)
+    elif model.config._attn_implementation == "sdpa" and (is_flash or chosen is None):
         model.set_attn_implementation(SDPA_BY_TREE)
-    elif is_flash and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
-        model.set_attn_implementation(VARLEN)
 
 
 def kernel_problem(model: PreTrainedModel, run: Callable[[], Any], batch: Batch) -> str:
@@ -222,39 +208,37 @@ def kernel_problem(model: PreTrainedModel, run: Callable[[], Any], batch: Batch)
     sliding window. On them the error of the kernel against float64 (output and gradients, worst token) must be at most
     twice that of `sdpa` in the same dtype.
     """
-    calls = {}
+    kernel, calls = model.config._attn_implementation, {}
 
     def record(module, query, key, value, mask, **options):  # computes nothing that could fail in a collective
         calls.setdefault(options.get("sliding_window"), (module, (query, key, value), mask, options))
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
-    def results(call: tuple, attend: Callable, dtype: torch.dtype, mask: Tensor) -> list[Tensor]:
-        leaves = [state.detach().to(dtype).requires_grad_() for state in call[1]]
+    def results(attend: Callable, dtype: torch.dtype, module, states, mask, options) -> list[Tensor]:
+        leaves = [state.detach().to(dtype).requires_grad_() for state in states]
         with torch.enable_grad(), torch.autocast(mask.device.type, enabled=False):
-            output = attend(call[0], *leaves, mask, **call[3])[0]
+            output = attend(module, *leaves, mask, **options)[0]
             gradients = torch.autograd.grad(output, leaves, output.detach())
         return [output.detach(), *(gradient.transpose(1, 2) for gradient in gradients)]
 
+    AttentionInterface.register(kernel, record)
     try:
-        register(record)
         run()
     finally:
-        register(attend_by_tree)
-    kernel = model.config._attn_implementation
-    for window, (*call, mask, options) in calls.items():
-        dtype = call[1][2].dtype
-        if "pieces" not in options or (kernel == VARLEN and not runs_varlen(call[1][2])):
-            return (
-                f"{kernel} gets {dtype}" if "pieces" in options else f"{type(call[0]).__name__} gets no pieces of rows"
-            )
+        AttentionInterface.register(kernel, torch.compiler.disable(attend_by_tree))
+    for window, (module, states, mask, options) in calls.items():
+        if "pieces" not in options:
+            return f"{type(module).__name__} gets no pieces of rows"
+        if kernel == VARLEN and not runs_varlen(states[2]):
+            return f"{VARLEN} needs half precision on CUDA"
         if kernel == VARLEN:
             window = options["sliding_window"] = window and min(window, CHECKED_WINDOW)
-        call, dense = (*call, mask, options), dense_mask(batch, window)
+        dtype, dense = states[2].dtype, (module, states, dense_mask(batch, window), options)
         try:
-            found = results(call, attend_by_tree, dtype, mask)
+            found = results(attend_by_tree, dtype, module, states, mask, options)
         except InputError as error:
             return str(error)
-        exact, plain = (results(call, sdpa_attention_forward, each, dense) for each in (torch.float64, dtype))
+        exact, plain = (results(sdpa_attention_forward, each, *dense) for each in (torch.float64, dtype))
         for true, *both in zip(exact, found, plain, strict=True):
             error, allowed = ((tensor - true).flatten(2).norm(dim=2).amax().item() for tensor in both)
             if not error <= 2 * allowed + 1e-6 * true.flatten(2).norm(dim=2).amax().item():

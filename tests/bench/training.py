@@ -48,6 +48,7 @@ CONTENDERS = {
     "ours": ("ours", "bf16", {}),
     "ours_pairs": ("ours", "bf16", {"as_pairs": True}),  # of groups: every comparison as a pair of its own
     "ours_concatenated": ("ours", "bf16", {"layout": "concatenated"}),
+    "ours_varlen": ("ours", "bf16", {"attn_implementation": "flash_attention_2"}),  # on a GPU
     "ours_compile": ("ours", "bf16", {"torch_compile": True}),
     "ours_fp32": ("ours", "no", {}),
     "ours_compile_fp32": ("ours", "no", {"torch_compile": True}),
@@ -101,6 +102,7 @@ def run_ours(turn: Turn, args: argparse.Namespace, precision: str, options: dict
 
 
 def run_trl(turn: Turn, args: argparse.Namespace, precision: str, options: dict) -> None:
+    import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -109,8 +111,6 @@ def run_trl(turn: Turn, args: argparse.Namespace, precision: str, options: dict)
     pairs = json.loads(Path(args.tokens).read_text())
     per_device = options.pop("per_device", 8)
     if options.pop("group", False):
-        import torch
-
         torch.manual_seed(0)
         lengths = [max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs["all"]]
         grouped = get_length_grouped_indices(lengths, per_device)
@@ -148,7 +148,7 @@ def run_trl(turn: Turn, args: argparse.Namespace, precision: str, options: dict)
         logging_steps=1,
         report_to="none",
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         **options,
     )
     trainer = Trainer(

@@ -19,7 +19,7 @@ from rm.data.tokenize import Tree
 from rm.evaluate import __main__ as evaluate
 from rm.forward import choose_layout
 from rm.model import attention
-from rm.model.attention import SDPA_BY_TREE, VARLEN, attend_by_tree, dense_mask, varlen_pieces
+from rm.model.attention import SDPA_BY_TREE, VARLEN, attend_by_tree, attention_pieces, dense_mask, varlen_arguments
 from rm.model.load import load_saved_model, load_tokenizer
 from rm.model.reward_model import RewardModel
 from rm.model.saved import recorded_config
@@ -33,6 +33,11 @@ def row_of(parts):
     rng = np.random.default_rng(0)
     trees = [Tree(rng.integers(3, VOCAB, p), [rng.integers(3, VOCAB, n) for n in answers]) for p, *answers in parts]
     return collate_trees(trees, MicroBatch([list(range(len(trees)))]), Layout("shared_prefix", PAD, by_tree=True))
+
+
+def row_options(parts) -> dict:
+    pieces = attention_pieces(parts, 0)
+    return {"pieces": pieces, "varlen": varlen_arguments(pieces, CPU)}
 
 
 def layer(groups: int = 3) -> nn.Module:
@@ -54,22 +59,24 @@ def with_gradients(attend, mask, dtypes=(torch.float64,) * 3, seed=0, **options)
 
 
 def test_pieces_by_hand():
-    pieces = varlen_pieces([[2, 1, 2], [0, 3]], CPU)
-    assert pieces.pieces == [(0, 2, 0, 0), (2, 1, 0, 2), (3, 2, 0, 2), (5, 3, 5, 0)]
-    assert pieces.key_T.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
-    assert pieces.cu_seq_q.tolist() == [0, 2, 3, 5, 8] and pieces.cu_seq_k.tolist() == [0, 2, 5, 9, 12]
-    assert (pieces.max_q, pieces.max_k, pieces.cu_seq_q.dtype) == (3, 4, torch.int32)
+    pieces = attention_pieces([[2, 1, 2], [0, 3]], 0)
+    assert pieces == [(0, 2, 0, 0), (2, 1, 0, 2), (3, 2, 0, 2), (5, 3, 5, 0)]
+    assert attention_pieces([[2, 1, 2], [0, 3], [3, 4]], 5) == [(0, 5, 0, 0), (5, 3, 5, 0), (8, 3, 8, 0), (11, 4, 8, 3)]
+    key_T, cu_seq_q, cu_seq_k, *longest = varlen_arguments(pieces, CPU)
+    assert key_T.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7] and longest == [3, 4]
+    assert cu_seq_q.tolist() == [0, 2, 3, 5, 8] and cu_seq_k.tolist() == [0, 2, 5, 9, 12]
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_equals_the_dense_mask_in_float64(monkeypatch, window):
     """Grouped-query attention, a scale, trees with and without prefix; with and without a sliding window."""
-    batch, pieces = row_of(PARTS), varlen_pieces(PARTS, CPU)
+    batch, row = row_of(PARTS), row_options(PARTS)
     mask = dense_mask(batch, window)
     assert mask[0, 0, 5:8, :5].sum() == 0 and (window is None) == bool(mask[0, 0, 16, 8])
     expected = with_gradients(sdpa_attention_forward, mask)
     for atol in (1e-5, 1e-12):  # first piece by piece in float32, as without autocast
-        found = with_gradients(attend_by_tree, NO_MASK, pieces=pieces, sliding_window=window)
+        found = with_gradients(attend_by_tree, NO_MASK, sliding_window=window, **row)
         varlen.install(monkeypatch)
         for name, a, b in zip("oqkv", found, expected, strict=True):
             torch.testing.assert_close(a, b, atol=atol, rtol=atol, msg=name)
@@ -81,10 +88,10 @@ def test_any_mix_of_dtypes(monkeypatch, runs):
     if runs:
         varlen.install(monkeypatch)
     dtypes, half = (torch.float32, torch.float32, torch.bfloat16), (torch.bfloat16,) * 3
-    batch, pieces = row_of(PARTS), varlen_pieces(PARTS, CPU)
-    expected = with_gradients(attend_by_tree, NO_MASK, half, pieces=pieces)[0]
+    batch, row = row_of(PARTS), row_options(PARTS)
+    expected = with_gradients(attend_by_tree, NO_MASK, half, **row)[0]
     padded = with_gradients(attend_by_tree, dense_mask(batch), dtypes)[0]
-    for found in (with_gradients(attend_by_tree, NO_MASK, dtypes, pieces=pieces)[0], padded):
+    for found in (with_gradients(attend_by_tree, NO_MASK, dtypes, **row)[0], padded):
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found, expected, atol=3e-2, rtol=0)
     config = tiny_classifier("llama", attn_implementation=SDPA_BY_TREE).config
@@ -95,13 +102,13 @@ def test_any_mix_of_dtypes(monkeypatch, runs):
 
 def test_what_the_kernel_does_not_have(monkeypatch):
     varlen.install(monkeypatch)
-    pieces = varlen_pieces(PARTS, CPU)
+    row = row_options(PARTS)
     for given, message in (({"softcap": 50.0}, "no softcap$"), ({"dropout": 0.1}, "dropout: set disable_dropout=true")):
         with pytest.raises(InputError, match=message):
-            with_gradients(attend_by_tree, NO_MASK, pieces=pieces, **given)
+            with_gradients(attend_by_tree, NO_MASK, **row, **given)
     states = [torch.zeros(1, 2, 4, 12)] * 3
     with pytest.raises(InputError, match="no heads of 12 numbers"):
-        attend_by_tree(layer(1), *states, NO_MASK, pieces=varlen_pieces([[0, 4]], CPU))
+        attend_by_tree(layer(1), *states, NO_MASK, **row_options([[0, 4]]))
 
 
 # ---------------------------------------------------------------- the check of a kernel
@@ -119,16 +126,15 @@ def longer_window(*args, window_size, **kwargs):
 @pytest.mark.parametrize("wrong", ["", "cu_seqlens", "keys"])
 def test_a_wrong_kernel_is_replaced_by_dense_masks(monkeypatch, wrong, autocast):
     """It is checked in the dtype of training: errors of bf16 hide no wrong boundary and no wrong key."""
-    right = attention.varlen_pieces
 
     def damaged(*args):
-        pieces = right(*args)
-        shifted = pieces.cu_seq_k - (torch.arange(len(pieces.cu_seq_k)) == 2).int()
-        changes = {"cu_seqlens": {"cu_seq_k": shifted}, "keys": {"key_T": pieces.key_T.roll(1)}}
-        return pieces._replace(**changes.get(wrong, {}))
+        key_T, cu_seq_q, cu_seq_k, *longest = varlen_arguments(*args)
+        key_T = key_T.roll(1) if wrong == "keys" else key_T
+        cu_seq_k[2] -= int(wrong == "cu_seqlens")
+        return key_T, cu_seq_q, cu_seq_k, *longest
 
     varlen.install(monkeypatch, without_checks)
-    monkeypatch.setattr(attention, "varlen_pieces", damaged)
+    monkeypatch.setattr(attention, "varlen_arguments", damaged)
     for kind in ("llama", "gemma3_text"):
         for name in ("auto", "concatenated"):
             model = RewardModel(tiny_classifier(kind, attn_implementation=VARLEN))
@@ -153,7 +159,7 @@ def test_models_and_dtypes_without_the_kernel(monkeypatch, pairs):
     config = AutoConfig.for_model("gemma2", **COMMON, intermediate_size=48, num_key_value_heads=2, head_dim=8)
     model = RewardModel(AutoModelForSequenceClassification.from_config(config, attn_implementation=VARLEN))
     layout = choose_layout("auto", model, pairs, PAD)
-    assert layout.reason.endswith("dense masks: varlen_by_tree gets torch.float32")
+    assert layout.reason.endswith("dense masks: varlen_by_tree needs half precision on CUDA")
     varlen.install(monkeypatch)
     model.classifier.set_attn_implementation(VARLEN)
     layout = choose_layout("auto", model, pairs, PAD)
