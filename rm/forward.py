@@ -72,15 +72,9 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
 def choose_layout(name: str, model: nn.Module, data: Any, pad_token_id: int) -> Layout:
     """The layout for `model`: "auto" is `shared_prefix` where a model supports it. Collective.
 
-    Verified on a few short prompts of `data`: the kernel, otherwise dense masks replace it (`kernel_problem`); and that
-    rows of trees equal padded rows (`layout_problem`).
-
-    Args:
-        name: the option `layout`: "auto", "shared_prefix" or "concatenated".
-        data: prompts with `costs(layout)` and `trees(indices)`.
-
-    Raises:
-        InputError: `name` is "shared_prefix" and the model does not support it.
+    Verified on a few short prompts of `data` (with `costs(layout)` and `trees(indices)`): the kernel, otherwise dense
+    masks replace it (`kernel_problem`); and that rows of trees equal padded rows (`layout_problem`). `name` is the
+    option `layout`. Raises `InputError` if it is "shared_prefix" and the model does not support that.
     """
     padded, wrong = Layout("concatenated", pad_token_id), ""
     packed = Layout("shared_prefix" if name == "auto" else name, pad_token_id, by_tree=True)
@@ -120,9 +114,9 @@ def layout_problem(model: nn.Module, packed: Batch, padded: Batch) -> str:
     """How rewards or gradients differ between two batches of the same prompts; empty: they agree. Collective.
 
     The gradient is that of one factor for each number of an embedding: a sum over all tokens, however often a layout
-    has them, through all layers. It leaves the gradients of weights, and their engine, alone.
-    In float32 both agree to 1e-3 of their spread or norm (at least 0.1). If weights or engine are in half precision,
-    rewards agree to 5e-2 of the largest (at least 1), gradients to 0.2 of their norm.
+    has them, through all layers. It leaves the gradients of weights, and their engine, alone. They agree to 1e-3 of the
+    spread or norm (at least 0.1). Weights or engine in half precision: rewards to 5e-2 of the largest (at least 1),
+    gradients to 0.2 of the norm.
     """
     found, dtypes = [], {p.dtype for p in model.parameters()}
     table = unwrapped(unwrapped(model).classifier).get_input_embeddings()
@@ -143,8 +137,9 @@ def layout_problem(model: nn.Module, packed: Batch, padded: Batch) -> str:
     (rewards_N, gradient_D), (expected_N, expected_D) = found
     largest, spread, norm = expected_N.abs().max().item(), expected_N.std(correction=0).item(), expected_D.norm().item()
     reward, gradient = (rewards_N - expected_N).abs().max().item(), (gradient_D - expected_D).norm().item()
-    is_half = dtypes != {torch.float32}
-    allowed = (5e-2 * max(largest, 1), 0.2 * norm) if is_half else (1e-3 * max(spread, 0.1), 1e-3 * max(norm, 0.1))
+    allowed = 1e-3 * max(spread, 0.1), 1e-3 * max(norm, 0.1)
+    if dtypes != {torch.float32}:
+        allowed = 5e-2 * max(largest, 1), 0.2 * norm
     if reward <= allowed[0] and gradient <= allowed[1]:  # false for NaN
         return ""
     return f"rewards differ by {reward:.2g} between the layouts, gradients by {gradient:.2g} of {norm:.2g}"

@@ -87,21 +87,19 @@ def round_up(length: int) -> int:
 
 
 def first_fit(costs: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Pack positions of `costs`, the largest first, each into the first row with room for it.
+    """Pack positions of `costs`, the largest first, each into the first row with room for it (Johnson 1973).
 
-    A row has room for `row_tokens` or for its first prompt, rounded up. So short prompts fill rows of long ones, and no
-    row is longer than its longest prompt needs. Source: Johnson 1973, first-fit decreasing.
+    A row has room for `row_tokens` or for its first prompt, rounded up. So short prompts fill the rows of long ones.
     """
-    rows: list[list[int]] = []
-    free = np.zeros(len(costs), np.int64)
+    rows, room = [], np.zeros(len(costs), np.int64)
     for i in np.argsort(-np.asarray(costs), kind="stable").tolist():
-        r = int(np.argmax(free >= costs[i]))
-        if free[r] < costs[i]:
+        r = int(np.argmax(room >= costs[i]))
+        if room[r] < costs[i]:
             r = len(rows)
             rows.append([])
-            free[r] = round_up(max(int(costs[i]), row_tokens))
+            room[r] = round_up(max(int(costs[i]), row_tokens))
         rows[r].append(i)
-        free[r] -= costs[i]
+        room[r] -= costs[i]
     return rows
 
 
@@ -139,13 +137,12 @@ def plan_micro_batches(
         share_costs = costs[share]
         if layout.by_tree:
             groups = [[row] for row in pack_rows(share_costs, micro_batch_tokens)]
-        else:
-            rows = [[i] for i in range(len(share))]
-            widths = share_costs.tolist()
-            if layout.name == "shared_prefix":
-                rows = first_fit(share_costs, min(ROW_TOKENS, micro_batch_tokens))
-                widths = [round_up(int(share_costs[row].sum())) for row in rows]
+        elif layout.name == "shared_prefix":
+            rows = first_fit(share_costs, min(ROW_TOKENS, micro_batch_tokens))
+            widths = [round_up(int(share_costs[row].sum())) for row in rows]
             groups = split_micro_batches(rows, widths, micro_batch_tokens)
+        else:
+            groups = split_micro_batches([[i] for i in range(len(share))], share_costs, micro_batch_tokens)
         plans.append([MicroBatch([[int(indices[share[i]]) for i in row] for row in group]) for group in groups])
     dummy = MicroBatch([[int(indices[int(np.argmin(costs))])]], is_dummy=True)
     longest = max(map(len, plans))

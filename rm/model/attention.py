@@ -24,7 +24,6 @@ from rm.model.reward_model import unwrapped
 BY_TREE = SDPA_BY_TREE, VARLEN = "sdpa_by_tree", "varlen_by_tree"  # beside transformers' own names
 FLASH = ("flash_attention_2", "flash_attention_3")  # requests for attention without masks
 SMALL_TREE = 128  # tokens of a tree whose masked square is faster than a call of `sdpa` for each piece
-CHECKED_WINDOW = 8  # tokens of a sliding window in the check of a kernel: the rows are short
 Piece = tuple[int, int, int, int]  # start and length of queries, start and length of the prefix that they see too
 
 
@@ -84,9 +83,8 @@ def dense_mask(batch: Batch, window: int | None = None) -> Tensor:
 def attention_inputs(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
     """Positions and masks of `batch` for a model with `config` and weights of `dtype`.
 
-    Padded rows: attention_mask, 0/1 [R, L]. Packed rows: position_ids; the mask, one or one per layer type, is bool
-    (`sdpa`) or additive (`eager`) [R, 1, L, L]. One row for `BY_TREE`: its pieces; the mask holds the additive masks of
-    all, float32 [1, 1, 1, sum of queries x keys], or for `VARLEN` nothing.
+    Padded rows: attention_mask, 0/1 [R, L]. Packed rows, one mask or one per layer type: bool (`sdpa`) or additive
+    (`eager`) [R, 1, L, L]. One row by tree: additive masks of all pieces, [1, 1, 1, sum of queries x keys], or empty.
     """
     if not batch.is_packed:
         return {"attention_mask": batch.attention_mask_RL}
@@ -94,8 +92,7 @@ def attention_inputs(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype)
     inputs: dict[str, Any] = {"position_ids": batch.position_RL}
     if by_tree := kernel in BY_TREE and batch.tree_parts is not None:
         inputs["pieces"] = attention_pieces(batch.tree_parts, 0 if kernel == VARLEN else SMALL_TREE)
-    if by_tree and kernel == VARLEN:
-        inputs["varlen"] = varlen_arguments(inputs["pieces"], device)
+        inputs |= {"varlen": varlen_arguments(inputs["pieces"], device)} if kernel == VARLEN else {}
 
     def mask(window: int | None) -> Tensor:
         if "varlen" in inputs:
@@ -143,7 +140,7 @@ def attend_by_tree(module, query, key, value, attention_mask, pieces=None, varle
     """
     sizes = [size * (prefix + size) for _, size, _, prefix in pieces or ()]
     if attention_mask is not None and attention_mask.shape[3] not in ({0, sum(sizes)} if pieces else {key.shape[2]}):
-        raise InputError(f"{type(module).__name__} gets no pieces of rows (attn_implementation=sdpa needs none)")
+        raise InputError(f"{type(module).__name__} gets no pieces of rows")
     query, key = query.to(value.dtype), key.to(value.dtype)
     if pieces is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -204,9 +201,8 @@ def use_tree_kernel(model: PreTrainedModel, chosen: str | None) -> None:
 def kernel_problem(model: PreTrainedModel, run: Callable[[], Any], batch: Batch) -> str:
     """Why the kernel of the model, one of `BY_TREE`, must not compute the row `batch`; empty: it may. Collective.
 
-    `run` passes the batch through the model. Meanwhile the queries, keys and values of one layer are recorded for each
-    sliding window. On them the error of the kernel against float64 (output and gradients, worst token) must be at most
-    twice that of `sdpa` in the same dtype.
+    `run` passes the batch through the model; queries, keys and values of one layer per sliding window are recorded. On
+    them, output and gradients (worst token) must be as close to float64 as twice the error of `sdpa` in that dtype.
     """
     kernel, calls = model.config._attn_implementation, {}
 
@@ -227,12 +223,10 @@ def kernel_problem(model: PreTrainedModel, run: Callable[[], Any], batch: Batch)
     finally:
         AttentionInterface.register(kernel, torch.compiler.disable(attend_by_tree))
     for window, (module, states, mask, options) in calls.items():
-        if "pieces" not in options:
-            return f"{type(module).__name__} gets no pieces of rows"
         if kernel == VARLEN and not runs_varlen(states[2]):
             return f"{VARLEN} needs half precision on CUDA"
-        if kernel == VARLEN:
-            window = options["sliding_window"] = window and min(window, CHECKED_WINDOW)
+        if kernel == VARLEN:  # the rows are short
+            window = options["sliding_window"] = window and min(window, 8)
         dtype, dense = states[2].dtype, (module, states, dense_mask(batch, window), options)
         try:
             found = results(attend_by_tree, dtype, module, states, mask, options)
