@@ -4,6 +4,7 @@ Everything here is a pure function of (seed, step, number of processes). Which p
 alone. How they are split into rows and micro-batches depends on the hardware and changes results by rounding only.
 """
 
+import bisect
 import heapq
 import math
 from collections.abc import Sequence
@@ -86,21 +87,24 @@ def round_up(length: int) -> int:
     return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def first_fit(costs: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Pack positions of `costs`, the largest first, each into the first row with room for it (Johnson 1973).
+def first_fit(costs: Sequence[int], row_tokens: int, micro_batch_tokens: int) -> list[list[list[int]]]:
+    """Groups of rows of positions of `costs`, each row filled with the largest prompts that still fit (Johnson 1973).
 
-    A row has room for `row_tokens` or for its first prompt, rounded up. So short prompts fill the rows of long ones.
+    The rows of a group have the length of the longest prompt that is left (at least `row_tokens`), rounded up: short
+    prompts fill the rows of long ones. (Rows in the group) x (their length) <= `micro_batch_tokens`, or it is one row.
     """
-    rows, room = [], np.zeros(len(costs), np.int64)
-    for i in np.argsort(-np.asarray(costs), kind="stable").tolist():
-        r = int(np.argmax(room >= costs[i]))
-        if room[r] < costs[i]:
-            r = len(rows)
-            rows.append([])
-            room[r] = round_up(max(int(costs[i]), row_tokens))
-        rows[r].append(i)
-        room[r] -= costs[i]
-    return rows
+    order, groups = np.argsort(costs, kind="stable").tolist(), []
+    ascending = [int(costs[i]) for i in order]
+    while order:
+        length, group = round_up(max(ascending[-1], row_tokens)), []
+        while order and (not group or (len(group) + 1) * length <= micro_batch_tokens):
+            row, room = [], length
+            while n := bisect.bisect(ascending, room):
+                row.append(order.pop(n - 1))
+                room -= ascending.pop(n - 1)
+            group.append(row)
+        groups.append(group)
+    return groups
 
 
 def split_micro_batches(rows: list[list[int]], widths: Sequence[int], micro_batch_tokens: int) -> list[list[list[int]]]:
@@ -138,9 +142,7 @@ def plan_micro_batches(
         if layout.by_tree:
             groups = [[row] for row in pack_rows(share_costs, micro_batch_tokens)]
         elif layout.name == "shared_prefix":
-            rows = first_fit(share_costs, min(ROW_TOKENS, micro_batch_tokens))
-            widths = [round_up(int(share_costs[row].sum())) for row in rows]
-            groups = split_micro_batches(rows, widths, micro_batch_tokens)
+            groups = first_fit(share_costs, min(ROW_TOKENS, micro_batch_tokens), micro_batch_tokens)
         else:
             groups = split_micro_batches([[i] for i in range(len(share))], share_costs, micro_batch_tokens)
         plans.append([MicroBatch([[int(indices[share[i]]) for i in row] for row in group]) for group in groups])

@@ -46,10 +46,11 @@ def test_balance_pack_and_split_by_hand():
     assert sorted(map(sorted, pack_rows([60, 50, 40, 30, 20], 100))) == [[0], [1, 4], [2, 3]]
     assert sorted(map(sorted, pack_rows([60, 50, 40, 30, 10], 100))) == [[0, 3, 4], [1, 2]]
     assert pack_rows([200, 50, 50], 100) == [[0], [1, 2]]  # a prompt longer than a row makes the rows longer
-    assert pack_rows([], 100) == [] and first_fit([], 100) == []
-    # rows of 128 for the first prompts, of 256 for one of 200, whose rest is filled with the short ones
-    assert first_fit([60, 50, 40, 30, 10], 100) == [[0, 1, 4], [2, 3]]
-    assert first_fit([30, 200, 20, 40, 70], 100) == [[1, 3], [4, 0, 2]]
+    assert pack_rows([], 100) == [] and first_fit([], 100, 256) == []
+    # two rows of 128 in each micro-batch; the longest prompt that fits comes next
+    assert first_fit([60, 50, 40, 30, 10, 90], 100, 256) == [[[5, 3], [0, 1, 4]], [[2]]]
+    # a row of 256 for a prompt of 200, whose rest is filled; one row may be longer than a micro-batch
+    assert first_fit([30, 200, 20, 40, 70], 100, 128) == [[[1, 3]], [[4, 0, 2]]]
     assert split_micro_batches([["a"], ["b"], ["c"], ["d"]], [10, 40, 30, 20], 80) == [[["b"], ["c"]], [["d"], ["a"]]]
 
 
