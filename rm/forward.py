@@ -76,28 +76,31 @@ def choose_layout(name: str, model: nn.Module, data: Any, pad_token_id: int) -> 
     masks replace it (`kernel_problem`); and that rows of trees equal padded rows (`layout_problem`). `name` is the
     option `layout`. Raises `InputError` if it is "shared_prefix" and the model does not support that.
     """
-    padded, wrong = Layout("concatenated", pad_token_id), ""
+    padded = Layout("concatenated", pad_token_id)
     packed = Layout("shared_prefix" if name == "auto" else name, pad_token_id, by_tree=True)
     classifier = unwrapped(unwrapped(model).classifier)
     dense, kernel = "sdpa" if classifier._supports_sdpa else "eager", classifier.config._attn_implementation
-    problem = packing_problem(model)
+    problem, note = packing_problem(model), ""
     if not problem:
         order = np.argsort(data.costs(packed), kind="stable")
-        indices = order[len(order) // 10 :][:NUM_VERIFIED].tolist()
-        trees, device, was_training = data.trees(indices), next(model.parameters()).device, model.training
+        indices = order[len(order) // 100 :][:NUM_VERIFIED].tolist()  # short ones: their activations are stored
+        trees, device = data.trees(indices), next(model.parameters()).device
         row = collate_trees(trees, MicroBatch([indices]), packed).to(device)
-        padded_rows = collate_trees(trees, MicroBatch([[i] for i in indices]), padded).to(device)
+        was_training, precision = model.training, torch.backends.fp32_precision
         model.eval()
+        torch.backends.fp32_precision = "ieee"  # not TF32
         if kernel in BY_TREE:
             wrong = first_problem(kernel_problem(classifier, lambda: score_batch(model, row), row))  # collective
-            kernel = dense if wrong else kernel
-        packed = replace(packed, by_tree=kernel in BY_TREE)
-        if packed != padded:
+            kernel, note = (dense, f"; dense masks: {wrong}") if wrong else (kernel, "")
+        packed = replace(packed, by_tree=kernel in BY_TREE, reason=f"as configured{note}")
+        if packed.by_tree or name != "concatenated":
+            packed = replace(packed, reason=f"verified on {len(indices)} prompts{note}")
+            rows = collate_trees(trees, MicroBatch([[i] for i in indices]), padded).to(device)
             classifier.set_attn_implementation(dense)
-            problem = first_problem(layout_problem(model, row, padded_rows))  # collective
-            packed = replace(packed, reason=f"verified on {len(indices)} prompts{wrong and f'; dense masks: {wrong}'}")
+            problem = first_problem(layout_problem(model, row, rows))  # collective
         classifier.set_attn_implementation(kernel)
         model.train(was_training)
+        torch.backends.fp32_precision = precision
     if not problem:
         return packed
     if name == "shared_prefix":
