@@ -98,7 +98,7 @@ def test_layouts_equal_plain_transformers(kind, groups, monkeypatch):
     cases += [(layout, ROWS["one row"], kernel) for layout in (BY_TREE, UNSHARED) for kernel in BY_TREE_KERNELS]
     varlen.install(monkeypatch)
     for layout, rows, kernel in cases:
-        monkeypatch.setattr("rm.model.attention.SMALL_TREE", 128 if layout is PACKED else 0)
+        monkeypatch.setattr("rm.model.attention.BLOCK", 128 if layout is PACKED else 2)
         micro_batch = MicroBatch(rows)
         batch = collate(groups, micro_batch, layout)
         places = np.concatenate([np.arange(first[i], first[i + 1]) for i in micro_batch.prompts])
@@ -176,25 +176,23 @@ def test_mask_by_hand():
     assert mask("mistral", sliding_window=2) == expected
 
 
-@pytest.mark.parametrize(("small", "shapes"), [
+@pytest.mark.parametrize(("block", "shapes"), [
     (128, [(n, n) for n in (9, 17)]),
-    (0, [(6, 6), (3, 3), (5, 5), (1, 6), (8, 13), (3, 8)]),
+    (6, [(6, 6), (3, 3), (5, 5), (1, 6), (6, 11), (2, 13), (3, 8)]),
 ])  # fmt: skip
-def test_attention_by_tree_is_float32_and_per_piece(monkeypatch, small, shapes):
+def test_attention_by_tree_is_float32_and_per_piece(monkeypatch, block, shapes):
     """A prefix attends to itself, an answer to the prefix and itself; small trees are computed as a whole."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     model, seen = set_kernel(RewardModel(tiny_classifier("llama")), SDPA_BY_TREE), []
     start = list(range(3, 8))
     data = preference_data([[[3] * 6, [4] * 3], [[*start, 9], [*start, *[8] * 8], [*start, *[10] * 3]]])
 
-    def spy(module, query, key, value, mask, **options):
+    def spy(query, key, value, mask, **options):
         seen.append((query.dtype, query.shape[2], key.shape[2]))
         assert mask.shape[2:] == (query.shape[2], key.shape[2])
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, **options)
 
-    monkeypatch.setattr("rm.model.attention.sdpa_attention_forward", spy)
-    monkeypatch.setattr("rm.model.attention.SMALL_TREE", small)
+    monkeypatch.setattr("rm.model.attention.scaled_dot_product_attention", spy)
+    monkeypatch.setattr("rm.model.attention.BLOCK", block)
     with torch.autocast("cpu", torch.bfloat16):
         score_batch(model, collate(data, MicroBatch([[0, 1]]), BY_TREE))
     assert seen == [(torch.float32, *shape) for shape in shapes] * 2  # two layers

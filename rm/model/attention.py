@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -23,32 +24,34 @@ from rm.model.reward_model import unwrapped
 
 BY_TREE = SDPA_BY_TREE, VARLEN = "sdpa_by_tree", "varlen_by_tree"  # beside transformers' own names
 FLASH = ("flash_attention_2", "flash_attention_3")  # requests for attention without masks
-SMALL_TREE = 128  # tokens of a tree whose masked square is faster than a call of `sdpa` for each piece
-Piece = tuple[int, int, int, int]  # start and length of queries, start and length of the prefix that they see too
+BLOCK = 128  # tokens of the pieces for `sdpa`: shorter ones compute fewer masked squares, in more calls
+Piece = tuple[int, list[int]]  # its tokens, and the pieces whose keys it sees: before it in the sequence, itself last
 
 
-def attention_pieces(tree_parts: list[list[int]], small_tree: int) -> list[Piece]:
-    """The pieces of a row: each prefix and each answer of its trees; trees of up to `small_tree` tokens as a whole.
+def attention_pieces(tree_parts: list[list[int]], block: int = 0) -> list[Piece]:
+    """The pieces of a row in order: each prefix and each answer of its trees.
 
     An answer sees its prefix and no other answer, so the squares between answers are not computed. `tree_parts`: for
-    each tree the tokens of its prefix and of its answers.
+    each tree the tokens of its prefix and of its answers. With `block` a piece has at most so many tokens: longer parts
+    are cut, which leaves out squares after the queries too, and a tree that fits is one piece.
     """
-    pieces, start = [], 0
+    pieces: list[Piece] = []
     for prefix, *answers in tree_parts:
-        if prefix + sum(answers) <= small_tree:
-            prefix, answers = 0, [prefix + sum(answers)]
-        pieces += [(start, prefix, start, 0)] if prefix else []
-        first, start = start, start + prefix
-        for length in answers:
-            pieces.append((start, length, first, prefix))
-            start += length
+        total, shared = prefix + sum(answers), []
+        for n, length in enumerate([total] if total <= block else [prefix, *answers]):
+            seen, step = shared, block or max(length, 1)
+            for done in range(0, length, step):
+                seen = [*seen, len(pieces)]
+                pieces.append((min(step, length - done), seen))
+            shared = shared if n else seen
     return pieces
 
 
-def piece_keys(piece: Piece) -> Tensor:
-    """The tokens whose keys a piece reads, int64: those of the prefix, and its own."""
-    start, size, first, prefix = piece
-    return torch.cat([torch.arange(first, first + prefix), torch.arange(start, start + size)])
+def piece_keys(pieces: list[Piece]) -> list[Tensor]:
+    """For each piece the tokens whose keys it reads, int64; the last ones are its own."""
+    sizes = [size for size, _ in pieces]
+    token_T = torch.arange(sum(sizes)).split(sizes)
+    return [torch.cat([token_T[i] for i in seen]) for _, seen in pieces]
 
 
 def varlen_arguments(pieces: list[Piece], device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -56,10 +59,10 @@ def varlen_arguments(pieces: list[Piece], device: torch.device) -> tuple[Tensor,
 
     Does not wait for the device.
     """
-    sizes = torch.tensor([(0, 0), *((size, prefix + size) for _, size, _, prefix in pieces)])
+    keys = piece_keys(pieces)
+    sizes = torch.tensor([(0, 0), *((size, len(key_T)) for (size, _), key_T in zip(pieces, keys, strict=True))])
     bounds = sizes.cumsum(0).T.to(torch.int32).contiguous().to(device, non_blocking=True)
-    key_T = torch.cat(list(map(piece_keys, pieces))).to(device, non_blocking=True)
-    return key_T, *bounds, *sizes.amax(0).tolist()
+    return torch.cat(keys).to(device, non_blocking=True), *bounds, *sizes.amax(0).tolist()
 
 
 def sees(batch: Batch, row: Tensor, query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
@@ -91,7 +94,7 @@ def attention_inputs(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype)
     text, kernel, device = config.get_text_config(), config._attn_implementation, batch.input_ids_RL.device
     inputs: dict[str, Any] = {"position_ids": batch.position_RL}
     if by_tree := kernel in BY_TREE and batch.tree_parts is not None:
-        inputs["pieces"] = attention_pieces(batch.tree_parts, 0 if kernel == VARLEN else SMALL_TREE)
+        inputs["pieces"] = attention_pieces(batch.tree_parts, 0 if kernel == VARLEN else BLOCK)
         inputs |= {"varlen": varlen_arguments(inputs["pieces"], device)} if kernel == VARLEN else {}
 
     def mask(window: int | None) -> Tensor:
@@ -99,9 +102,9 @@ def attention_inputs(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype)
             return torch.empty(1, 1, 1, 0, device=device)
         if by_tree:
             row, parts = torch.zeros(1, dtype=torch.long, device=device), []
-            for piece in inputs["pieces"]:
-                keys = piece_keys(piece).to(device)
-                parts.append(sees(batch, row, keys[-piece[1] :, None], keys, window).flatten())
+            for (size, _), keys in zip(inputs["pieces"], piece_keys(inputs["pieces"]), strict=True):
+                keys = keys.to(device)
+                parts.append(sees(batch, row, keys[-size:, None], keys, window).flatten())
         seen = torch.cat(parts)[None, None, None] if by_tree else dense_mask(batch, window)
         if not by_tree and kernel != "eager":
             return seen
@@ -138,28 +141,30 @@ def attend_by_tree(module, query, key, value, attention_mask, pieces=None, varle
     `varlen_attn` where it runs. Otherwise `sdpa` for each piece, in float32 also under bf16: on CPUs the backward pass
     of the kernel is slower in bf16. Raises `InputError` for a model that does not pass the pieces on.
     """
-    sizes = [size * (prefix + size) for _, size, _, prefix in pieces or ()]
-    if attention_mask is not None and attention_mask.shape[3] not in ({0, sum(sizes)} if pieces else {key.shape[2]}):
+    sizes = [size for size, _ in pieces or ()]
+    areas = [size * sum(sizes[i] for i in seen) for size, seen in pieces or ()]
+    if attention_mask is not None and attention_mask.shape[3] not in ({0, sum(areas)} if pieces else {key.shape[2]}):
         raise InputError(f"{type(module).__name__} gets no pieces of rows")
     query, key = query.to(value.dtype), key.to(value.dtype)
     if pieces is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if varlen is not None and runs_varlen(value):
         return attend_varlen(query, key, value, *varlen, **options)
-    outputs, (query_row, *rows) = [], [states.float() for states in (query, key, value)]
-    masks = attention_mask.float().split(sizes, dim=3) if attention_mask.shape[3] else [None] * len(sizes)
+    masks = attention_mask.float().split(areas, dim=3) if attention_mask.shape[3] else [None] * len(sizes)
     window = options.get("sliding_window") or query.shape[2]  # for pieces without masks
+    # `enable_gqa`: for a mask, transformers would copy keys and values for every query head
+    options = {"scale": options.get("scaling"), "dropout_p": options.get("dropout", 0.0), "enable_gqa": True}
+    outputs, (queries, *rows) = [], [states.float().split(sizes, dim=2) for states in (query, key, value)]
     with torch.autocast(query.device.type, enabled=False):
-        for (start, size, first, prefix), mask in zip(pieces, masks, strict=True):
-            own = [row.narrow(2, start, size) for row in rows]
-            if prefix:
-                own = [torch.cat([row.narrow(2, first, prefix), part], 2) for row, part in zip(rows, own, strict=True)]
+        for (size, seen), mask, own in zip(pieces, masks, queries, strict=True):
+            keys, values = (torch.cat([parts[i] for i in seen], dim=2) for parts in rows)
             if mask is None:
-                mask = torch.ones(size, prefix + size, dtype=torch.bool, device=query.device)
-                mask = mask.tril(prefix).triu(prefix - window + 1)
-            mask = mask.view(1, 1, size, prefix + size)
-            outputs.append(sdpa_attention_forward(module, query_row.narrow(2, start, size), *own, mask, **options)[0])
-    return torch.cat(outputs, dim=1).to(value.dtype), None
+                mask = torch.ones(size, keys.shape[2], dtype=torch.bool, device=query.device)
+                before = keys.shape[2] - size
+                mask = mask.tril(before).triu(before - window + 1)
+            mask = mask.view(1, 1, size, keys.shape[2])
+            outputs.append(scaled_dot_product_attention(own, keys, values, mask, **options))
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(value.dtype), None
 
 
 def runs_varlen(value: Tensor) -> bool:

@@ -36,7 +36,7 @@ def row_of(parts):
 
 
 def row_options(parts) -> dict:
-    pieces = attention_pieces(parts, 0)
+    pieces = attention_pieces(parts)
     return {"pieces": pieces, "varlen": varlen_arguments(pieces, CPU)}
 
 
@@ -59,9 +59,10 @@ def with_gradients(attend, mask, dtypes=(torch.float64,) * 3, seed=0, **options)
 
 
 def test_pieces_by_hand():
-    pieces = attention_pieces([[2, 1, 2], [0, 3]], 0)
-    assert pieces == [(0, 2, 0, 0), (2, 1, 0, 2), (3, 2, 0, 2), (5, 3, 5, 0)]
-    assert attention_pieces([[2, 1, 2], [0, 3], [3, 4]], 5) == [(0, 5, 0, 0), (5, 3, 5, 0), (8, 3, 8, 0), (11, 4, 8, 3)]
+    pieces = attention_pieces([[2, 1, 2], [0, 3]])
+    assert pieces == [(2, [0]), (1, [0, 1]), (2, [0, 2]), (3, [3])]
+    cut = [(5, [0]), (3, [1]), (5, [2]), (2, [2, 3]), (5, [2, 3, 4]), (1, [2, 3, 4, 5]), (4, [2, 3, 6])]
+    assert attention_pieces([[2, 1, 2], [0, 3], [7, 6, 4]], block=5) == cut
     key_T, cu_seq_q, cu_seq_k, *longest = varlen_arguments(pieces, CPU)
     assert key_T.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7] and longest == [3, 4]
     assert cu_seq_q.tolist() == [0, 2, 3, 5, 8] and cu_seq_k.tolist() == [0, 2, 5, 9, 12]
