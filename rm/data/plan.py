@@ -82,11 +82,6 @@ def pack_rows(costs: Sequence[int], row_tokens: int) -> list[list[int]]:
         num_rows += 1 + num_rows // 50
 
 
-def round_up(length: int) -> int:
-    """The smallest multiple of `ROW_MULTIPLE` that is at least `length`."""
-    return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
 def group_rows(costs: Sequence[int], row_tokens: int, micro_batch_tokens: int) -> list[list[list[int]]]:
     """Groups of rows of positions of `costs`: (rows in the group) x (their length) <= `micro_batch_tokens`, or one row.
 
@@ -96,7 +91,8 @@ def group_rows(costs: Sequence[int], row_tokens: int, micro_batch_tokens: int) -
     order, groups = np.argsort(-np.asarray(costs), kind="stable")[::-1].tolist(), []
     ascending = [int(costs[i]) for i in order]
     while order:
-        length, group = round_up(max(ascending[-1], row_tokens)) if row_tokens else ascending[-1], []
+        length, group = max(ascending[-1], row_tokens), []
+        length += -length % ROW_MULTIPLE if row_tokens else 0
         while order and (not group or (len(group) + 1) * length <= micro_batch_tokens):
             row, room = [order.pop()], length - ascending.pop()
             while row_tokens and (n := bisect.bisect(ascending, room)):
