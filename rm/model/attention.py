@@ -210,7 +210,8 @@ def kernel_problem(model: PreTrainedModel, run: Callable[[], Any], batch: Batch)
 
     AttentionInterface.register(kernel, record)
     try:
-        run()
+        with torch.no_grad():  # DDP would expect a backward pass
+            run()
     finally:
         AttentionInterface.register(kernel, torch.compiler.disable(attend_by_tree))
     for window, (module, states, mask, options) in calls.items():
