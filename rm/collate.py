@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rm.data.dataset import PreferenceData
-from rm.data.plan import Layout, MicroBatch, round_up
+from rm.data.plan import ROW_MULTIPLE, Layout, MicroBatch
 from rm.data.tokenize import Tree
 
 
@@ -98,8 +98,8 @@ def collate_trees(trees: Sequence[Tree], micro_batch: MicroBatch, layout: Layout
     rows = [[next(rest) for _ in row] for row in micro_batch.rows]
     if layout.name == "concatenated":
         rows = [[Tree(tree.prefix[:0], [ids]) for tree in row for ids in tree.sequences()] for row in rows]
-    longest = max(sum(map(len, row)) for row in rows)
-    return _pack(rows, longest if layout.by_tree else round_up(longest), layout.pad_token_id)
+    length = max(sum(map(len, row)) for row in rows)
+    return _pack(rows, length + (0 if layout.by_tree else -length % ROW_MULTIPLE), layout.pad_token_id)
 
 
 def _concatenate(trees: Sequence[Tree], pad_token_id: int) -> Batch:

@@ -80,7 +80,7 @@ def choose_layout(name: str, model: nn.Module, data: Any, pad_token_id: int) -> 
     packed = Layout("shared_prefix" if name == "auto" else name, pad_token_id, by_tree=True)
     classifier = unwrapped(unwrapped(model).classifier)
     dense, kernel = "sdpa" if classifier._supports_sdpa else "eager", classifier.config._attn_implementation
-    problem, note = packing_problem(model), ""
+    problem = packing_problem(model)
     if not problem:
         order = np.argsort(data.costs(packed), kind="stable")
         indices = order[len(order) // 100 :][:NUM_VERIFIED].tolist()  # short ones: their activations are stored
@@ -89,15 +89,19 @@ def choose_layout(name: str, model: nn.Module, data: Any, pad_token_id: int) -> 
         was_training, precision = model.training, torch.backends.fp32_precision
         model.eval()
         torch.backends.fp32_precision = "ieee"  # not TF32
+        wrong = ""
         if kernel in BY_TREE:
-            wrong = first_problem(kernel_problem(classifier, lambda: score_batch(model, row), row))  # collective
-            kernel, note = (dense, f"; dense masks: {wrong}") if wrong else (kernel, "")
-        packed = replace(packed, by_tree=kernel in BY_TREE, reason=f"as configured{note}")
-        if packed.by_tree or name != "concatenated":
-            packed = replace(packed, reason=f"verified on {len(indices)} prompts{note}")
+            wrong = kernel_problem(classifier, lambda: score_batch(model, row), row)  # collective
+        if is_verified := kernel in BY_TREE or name != "concatenated":
             rows = collate_trees(trees, MicroBatch([[i] for i in indices]), padded).to(device)
             classifier.set_attn_implementation(dense)
-            problem = first_problem(layout_problem(model, row, rows))  # collective
+            problem = layout_problem(model, row, rows)  # collective
+        if dist.is_initialized():  # all or none
+            found = zip(*gather_object([(wrong, problem)]), strict=True)  # collective
+            wrong, problem = (next(filter(None, each), "") for each in found)
+        kernel, note = (dense, f"; dense masks: {wrong}") if wrong else (kernel, "")
+        reason = f"verified on {len(indices)} prompts" if is_verified else packed.reason
+        packed = replace(packed, by_tree=kernel in BY_TREE, reason=reason + note)
         classifier.set_attn_implementation(kernel)
         model.train(was_training)
         torch.backends.fp32_precision = precision
@@ -106,11 +110,6 @@ def choose_layout(name: str, model: nn.Module, data: Any, pad_token_id: int) -> 
     if name == "shared_prefix":
         raise InputError(f"layout=shared_prefix: {problem}; use layout=auto or concatenated")
     return padded if name == "concatenated" else replace(padded, reason=problem)
-
-
-def first_problem(problem: str) -> str:
-    """The first problem that any process has, so that all or none go on. Collective."""
-    return next(filter(None, gather_object([problem])), "") if dist.is_initialized() else problem
 
 
 def layout_problem(model: nn.Module, packed: Batch, padded: Batch) -> str:

@@ -82,44 +82,24 @@ def pack_rows(costs: Sequence[int], row_tokens: int) -> list[list[int]]:
         num_rows += 1 + num_rows // 50
 
 
-def round_up(length: int) -> int:
-    """The smallest multiple of `ROW_MULTIPLE` that is at least `length`."""
-    return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
+def group_rows(costs: Sequence[int], row_tokens: int, micro_batch_tokens: int) -> list[list[list[int]]]:
+    """Groups of rows of positions of `costs`: (rows in the group) x (their length) <= `micro_batch_tokens`, or one row.
 
-
-def first_fit(costs: Sequence[int], row_tokens: int, micro_batch_tokens: int) -> list[list[list[int]]]:
-    """Groups of rows of positions of `costs`, each row filled with the largest prompts that still fit (Johnson 1973).
-
-    The rows of a group have the length of the longest prompt that is left (at least `row_tokens`), rounded up: short
-    prompts fill the rows of long ones. (Rows in the group) x (their length) <= `micro_batch_tokens`, or it is one row.
+    The length is that of the longest prompt that is left. With `row_tokens` > 0 it is at least that, rounded up, and
+    each row is filled with the largest prompts that still fit (first-fit decreasing, Johnson 1973). 0: one in each row.
     """
-    order, groups = np.argsort(costs, kind="stable").tolist(), []
+    order, groups = np.argsort(-np.asarray(costs), kind="stable")[::-1].tolist(), []
     ascending = [int(costs[i]) for i in order]
     while order:
-        length, group = round_up(max(ascending[-1], row_tokens)), []
+        length, group = max(ascending[-1], row_tokens), []
+        length += -length % ROW_MULTIPLE if row_tokens else 0
         while order and (not group or (len(group) + 1) * length <= micro_batch_tokens):
-            row, room = [], length
-            while n := bisect.bisect(ascending, room):
+            row, room = [order.pop()], length - ascending.pop()
+            while row_tokens and (n := bisect.bisect(ascending, room)):
                 row.append(order.pop(n - 1))
                 room -= ascending.pop(n - 1)
             group.append(row)
         groups.append(group)
-    return groups
-
-
-def split_micro_batches(rows: list[list[int]], widths: Sequence[int], micro_batch_tokens: int) -> list[list[list[int]]]:
-    """Group rows, longest first, so that (rows in the group) x (its longest width) <= `micro_batch_tokens`.
-
-    A row that is wider than `micro_batch_tokens` is a group of its own.
-    """
-    groups: list[list[list[int]]] = []
-    width = 0
-    for r in np.argsort(-np.asarray(widths), kind="stable").tolist():
-        if groups and (len(groups[-1]) + 1) * width <= micro_batch_tokens:
-            groups[-1].append(rows[r])
-        else:
-            groups.append([rows[r]])
-            width = int(widths[r])
     return groups
 
 
@@ -140,11 +120,11 @@ def plan_micro_batches(
     for share in balance(costs, num_processes):
         share_costs = costs[share]
         if layout.by_tree:
-            groups = [[row] for row in pack_rows(share_costs, micro_batch_tokens)]
-        elif layout.name == "shared_prefix":
-            groups = first_fit(share_costs, min(ROW_TOKENS, micro_batch_tokens), micro_batch_tokens)
+            rows = pack_rows(share_costs, micro_batch_tokens)
+            groups = [[rows[r]] for r in np.argsort([-share_costs[row].sum() for row in rows], kind="stable")]
         else:
-            groups = split_micro_batches([[i] for i in range(len(share))], share_costs, micro_batch_tokens)
+            row_tokens = min(ROW_TOKENS, micro_batch_tokens) if layout.name == "shared_prefix" else 0
+            groups = group_rows(share_costs, row_tokens, micro_batch_tokens)
         plans.append([MicroBatch([[int(indices[share[i]]) for i in row] for row in group]) for group in groups])
     dummy = MicroBatch([[int(indices[int(np.argmin(costs))])]], is_dummy=True)
     longest = max(map(len, plans))

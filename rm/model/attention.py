@@ -55,10 +55,7 @@ def piece_keys(pieces: list[Piece]) -> list[Tensor]:
 
 
 def varlen_arguments(pieces: list[Piece], device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """All keys, int64; the boundaries of pieces among queries and among keys, int32 [pieces + 1]; the longest of both.
-
-    Does not wait for the device.
-    """
+    """All keys, int64; boundaries of pieces among queries and among keys, int32 [pieces + 1]; the longest of both."""
     keys = piece_keys(pieces)
     sizes = torch.tensor([(0, 0), *((size, len(key_T)) for (size, _), key_T in zip(pieces, keys, strict=True))])
     bounds = sizes.cumsum(0).T.to(torch.int32).contiguous().to(device, non_blocking=True)
@@ -102,9 +99,8 @@ def attention_inputs(config: PreTrainedConfig, batch: Batch, dtype: torch.dtype)
             return torch.empty(1, 1, 1, 0, device=device)
         if by_tree:
             row, parts = torch.zeros(1, dtype=torch.long, device=device), []
-            for (size, _), keys in zip(inputs["pieces"], piece_keys(inputs["pieces"]), strict=True):
-                keys = keys.to(device)
-                parts.append(sees(batch, row, keys[-size:, None], keys, window).flatten())
+            for keys, (size, _) in zip(piece_keys(inputs["pieces"]), inputs["pieces"], strict=True):
+                parts.append(sees(batch, row, keys[-size:, None].to(device), keys.to(device), window).flatten())
         seen = torch.cat(parts)[None, None, None] if by_tree else dense_mask(batch, window)
         if not by_tree and kernel != "eager":
             return seen
@@ -174,9 +170,7 @@ def runs_varlen(value: Tensor) -> bool:
 
 def attend_varlen(query, key, value, key_T, *sizes, scaling=None, sliding_window=None, dropout=0.0, **options):
     """One call of `varlen_attn` for all pieces, causal with bottom-right alignment: [1, H, T, D] to [1, T, H, D].
-
-    Raises `InputError` for what the kernel does not have.
-    """
+    Raises `InputError` for what it does not have."""
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     unsupported += ["dropout: set disable_dropout=true"] if dropout else []
     if unsupported or (size := query.shape[3]) != value.shape[3] or size % 8 or size > 256:
@@ -195,12 +189,11 @@ for name in BY_TREE:  # not compiled: the loop differs from batch to batch
 def use_tree_kernel(model: PreTrainedModel, chosen: str | None) -> None:
     """Without an accelerator, replace `sdpa` by `sdpa_by_tree`, unless the user has `chosen` a kernel that is not of
     `FLASH`. With CUDA, use `varlen_by_tree` if one of `FLASH` was chosen."""
-    is_flash = chosen in FLASH
-    if torch.accelerator.is_available():
-        if is_flash and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
-            model.set_attn_implementation(VARLEN)
-    elif model.config._attn_implementation == "sdpa" and (is_flash or chosen is None):
-        model.set_attn_implementation(SDPA_BY_TREE)
+    if not torch.accelerator.is_available():
+        if model.config._attn_implementation == "sdpa" and chosen in (None, *FLASH):
+            model.set_attn_implementation(SDPA_BY_TREE)
+    elif chosen in FLASH and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+        model.set_attn_implementation(VARLEN)
 
 
 def kernel_problem(model: PreTrainedModel, run: Callable[[], Any], batch: Batch) -> str:
@@ -224,7 +217,8 @@ def kernel_problem(model: PreTrainedModel, run: Callable[[], Any], batch: Batch)
 
     AttentionInterface.register(kernel, record)
     try:
-        run()
+        with torch.no_grad():  # DDP would expect a backward pass
+            run()
     finally:
         AttentionInterface.register(kernel, torch.compiler.disable(attend_by_tree))
     for window, (module, states, mask, options) in calls.items():

@@ -53,8 +53,7 @@ class RewardModel(nn.Module):
     def forward(self, input_ids, attention_mask, end_row, end_index, **packed) -> Tensor:
         """All outputs of the head, float32 [N, K], at the last tokens (end_row, end_index), int64 [N].
 
-        input_ids: int64 [R, L]. attention_mask: see `rm.model.attention`. packed: of packed rows position_ids, int64
-        [R, L], and pieces (`rm.model.attention.attend_by_tree`).
+        input_ids: int64 [R, L]. attention_mask, packed: see `rm.model.attention.attention_inputs`.
         """
         with offloaded(self) if self.activation_offloading and self.training else nullcontext():
             if not self.is_causal:  # concatenated rows only: row n is sequence n
@@ -75,7 +74,8 @@ def offloaded(model: nn.Module) -> saved_tensors_hooks:
     """Context in which autograd stores activations in CPU memory until the backward pass (torch's `save_on_cpu`)."""
     to_cpu = save_on_cpu(pin_memory=torch.accelerator.is_available())
     # tensors with the shape of a weight, perhaps transposed, stay: weights, and copies by autocast or FSDP
-    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+    sizes = [getattr(p, "ds_shape", p.shape) for p in model.parameters()]  # under ZeRO-3 a weight itself is empty
+    shapes = {shape for size in sizes for shape in (size, size[::-1])}
     return saved_tensors_hooks(
         lambda tensor: tensor if tensor.shape in shapes else to_cpu.pack_hook(tensor),
         lambda packed: packed if isinstance(packed, Tensor) else to_cpu.unpack_hook(packed),

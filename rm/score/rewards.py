@@ -30,9 +30,8 @@ class TreeList(list[Tree]):
     def costs(self, layout: Layout) -> np.ndarray:
         if layout.name == "shared_prefix":
             return np.array([len(tree) for tree in self], np.int64)
-        if layout.by_tree:
-            return np.array([sum(map(len, tree.sequences())) for tree in self], np.int64)
-        return np.array([len(t.answers) * (len(t.prefix) + max(map(len, t.answers))) for t in self], np.int64)
+        lengths = [list(map(len, tree.sequences())) for tree in self]
+        return np.array([sum(each) if layout.by_tree else len(each) * max(each) for each in lengths], np.int64)
 
     def trees(self, indices: Sequence[int]) -> list[Tree]:
         return [self[i] for i in indices]

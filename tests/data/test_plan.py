@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from examples import preference_data
 
-from rm.data.plan import Layout, StepPlan, balance, first_fit, pack_rows, plan_micro_batches, split_micro_batches
+from rm.data.plan import Layout, StepPlan, balance, group_rows, pack_rows, plan_micro_batches
 
 PACKED, PADDED = Layout("shared_prefix", 0), Layout("concatenated", 0)
 RNG = np.random.default_rng(0)
@@ -41,17 +41,21 @@ def test_costs_by_hand():
     assert data.costs(Layout("concatenated", 0, by_tree=True)).tolist() == [4 + 3, 3 + 2 + 4, 3]
 
 
-def test_balance_pack_and_split_by_hand():
+def test_balance_pack_and_group_by_hand():
     assert balance([5, 4, 3, 3, 1], 2) == [[0, 3], [1, 2, 4]]
     assert sorted(map(sorted, pack_rows([60, 50, 40, 30, 20], 100))) == [[0], [1, 4], [2, 3]]
     assert sorted(map(sorted, pack_rows([60, 50, 40, 30, 10], 100))) == [[0, 3, 4], [1, 2]]
     assert pack_rows([200, 50, 50], 100) == [[0], [1, 2]]  # a prompt longer than a row makes the rows longer
-    assert pack_rows([], 100) == [] and first_fit([], 100, 256) == []
+    assert pack_rows([], 100) == [] and group_rows([], 100, 256) == []
     # two rows of 128 in each micro-batch; the longest prompt that fits comes next
-    assert first_fit([60, 50, 40, 30, 10, 90], 100, 256) == [[[5, 3], [0, 1, 4]], [[2]]]
+    assert group_rows([60, 50, 40, 30, 10, 90], 100, 256) == [[[5, 3], [0, 1, 4]], [[2]]]
     # a row of 256 for a prompt of 200, whose rest is filled; one row may be longer than a micro-batch
-    assert first_fit([30, 200, 20, 40, 70], 100, 128) == [[[1, 3]], [[4, 0, 2]]]
-    assert split_micro_batches([["a"], ["b"], ["c"], ["d"]], [10, 40, 30, 20], 80) == [[["b"], ["c"]], [["d"], ["a"]]]
+    assert group_rows([30, 200, 20, 40, 70], 100, 128) == [[[1, 3]], [[4, 0, 2]]]
+    # one prompt per row
+    assert group_rows([10, 40, 30, 20], 0, 80) == [[[1], [2]], [[3], [0]]] and group_rows([9, 9], 0, 1) == [
+        [[0]],
+        [[1]],
+    ]
 
 
 @both_layouts

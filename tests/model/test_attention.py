@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rm.collate import collate_trees
+from rm.collate import collate, collate_trees
 from rm.config.errors import InputError
 from rm.data.plan import Layout, MicroBatch
 from rm.data.tokenize import Tree
 from rm.evaluate import __main__ as evaluate
-from rm.forward import choose_layout
+from rm.forward import choose_layout, score_batch
 from rm.model import attention
 from rm.model.attention import SDPA_BY_TREE, VARLEN, attend_by_tree, attention_pieces, dense_mask, varlen_arguments
 from rm.model.load import load_saved_model, load_tokenizer
@@ -161,6 +161,10 @@ def test_models_and_dtypes_without_the_kernel(monkeypatch, pairs):
     model = RewardModel(AutoModelForSequenceClassification.from_config(config, attn_implementation=VARLEN))
     layout = choose_layout("auto", model, pairs, PAD)
     assert layout.reason.endswith("dense masks: varlen_by_tree needs half precision on CUDA")
+    batch = collate(pairs, MicroBatch([[0, 1, 2]]), Layout("shared_prefix", PAD, by_tree=True))
+    rewards = [score_batch(RewardModel(tiny_classifier("mistral", attn_implementation=kernel)), batch)
+               for kernel in (VARLEN, "sdpa")]  # fmt: skip
+    torch.testing.assert_close(*rewards)  # an export check turns autocast off
     varlen.install(monkeypatch)
     model.classifier.set_attn_implementation(VARLEN)
     layout = choose_layout("auto", model, pairs, PAD)
