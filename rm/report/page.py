@@ -66,7 +66,7 @@ def spelled(value: float) -> str:
 
 def run_page(run: Run) -> dict[str, Any]:
     """The variables of the template for one run."""
-    notes, results, evaluation, sets = run.notes, run.results, [], {}
+    notes, evaluation, sets = run.notes, [], {}
     table_file = run.folder / "eval" / f"step-{run.table_step}.parquet"
     what = f"histograms, calibration and slices from eval/{table_file.name}"
     if table_file.is_file() and (table := notes.attempt(what, read_table, table_file, notes)) is not None:
@@ -80,26 +80,8 @@ def run_page(run: Run) -> dict[str, Any]:
             shown.setdefault((record.id, type(record)), []).append(record)
     samples = [sample_view(i, records, notes) for i, records in enumerate(list(shown.values())[:MAX_SAMPLES])]
     mistakes = notes.read_lines(run.folder / "mistakes.jsonl", Pair | Group)[:MAX_MISTAKES]
-    missing = {
-        f"This run is not finished; its numbers end at step {run.last_step:,}.": results.summary,
-        "No samples: num_print_samples is 0, or there was no evaluation.": samples,
-        "No list of mistakes: mistakes.jsonl is written at the end of a run.": mistakes,
-        "No data audit: data_report.json is missing.": run.data,
-    }
-    notes += [note for note, found in missing.items() if not found]
-    provenance = {
-        "directory": str(run.folder),
-        "command": " ".join(results.command),
-        "git_commit": results.git_commit,
-        "layout": results.layout,
-        "packages": ", ".join(f"{name} {version}" for name, version in results.packages.items()),
-        "machine": ", ".join(f"{name} {value}" for name, value in results.machine.items()),
-        **{f"{split} data, sha256": part.get("fingerprint") for split, part in run.data.items()},
-    }
     return {
         "run": run,
-        "title": f"Reward model: {run.name}",
-        "lead": how_it_went(run),
         "samples": samples,
         "num_samples": len(shown),
         "curves": figures.draw(figures.training(run), notes),
@@ -108,29 +90,8 @@ def run_page(run: Run) -> dict[str, Any]:
         "mistakes": [record_view(record) for record in mistakes],
         "audit": audit_view(run.data) if run.data else None,
         "changed": changed_options(run.config),
-        "provenance": {name: value for name, value in provenance.items() if value}.items(),
-        "diff": results.git_diff,
         "notes": notes,
     }
-
-
-def how_it_went(run: Run) -> str:
-    """The result of a run in one sentence."""
-    final, unfinished = run.final, "" if run.results.summary else " of a run that is not finished"
-    accuracy, ends = final.get("eval/accuracy", math.nan), run.intervals.get("eval/accuracy")
-    after = f"after {run.table_step or run.last_step:,} steps{unfinished}"
-    if not math.isfinite(accuracy):
-        return f"Held-out accuracy is not known {after}."
-    interval = f"95% interval {ends[0]:.2f} to {ends[1]:.2f}, " if ends else ""
-    counts = [f"{final.get(f'eval/{name}', 0):,.0f} {name}" for name in ("comparisons", "prompts")]
-    sentence = f"Held-out accuracy is {accuracy:.3f} ({interval}{' of '.join(counts)}) {after}"
-    if "eval/longer_answer_baseline_accuracy" in final:
-        sentence += f"; preferring the longer answer gives {final['eval/longer_answer_baseline_accuracy']:.3f}"
-    if "eval/accuracy_ceiling" in final:
-        sentence += f"; the best possible is {final['eval/accuracy_ceiling']:.3f}"
-    if "eval/best_of_n_accuracy" in final:
-        sentence += f"; best-of-N accuracy is {final['eval/best_of_n_accuracy']:.3f}"
-    return sentence + "."
 
 
 def sample_view(i: int, records: list[Pair | Group], notes: Notes) -> dict[str, Any]:
@@ -196,14 +157,10 @@ def leaderboard_page(runs: Sequence[Run], by: str) -> dict[str, Any]:
         options[run.name] = texts | {"finished": "yes" if run.results.summary else f"no, at step {run.last_step:,}"}
     keys = dict.fromkeys(key for texts in options.values() for key in texts)
     differing = [key for key in keys if len({texts.get(key) for texts in options.values()}) > 1]
-    if "test data" in differing:
-        notes.append("The runs were evaluated on different data: their held-out metrics are not directly comparable.")
-    best = f"{'lowest' if sign > 0 else 'highest'} {by}, {spelled(runs[0].final.get(by, math.nan))}"
     return {
         "runs": runs,
-        "title": f"{len(runs)} reward models",
-        "lead": f"{runs[0].name} has the {best}, of {len(runs)} runs.",
         "by": by,
+        "best": "lowest" if sign > 0 else "highest",
         "columns": [name for name in dict.fromkeys((by, *COLUMNS)) if name in known],
         "options": options,
         "differing": differing,
