@@ -67,12 +67,8 @@ def token_rewards_html(*answers: list) -> list[str]:
 def token_rewards_page(records: Sequence[dict[str, Any]]) -> str:
     """A self-contained HTML page of the records of `rm.visualize_samples` that have token rewards."""
     env = Environment(loader=PackageLoader("rm", "log"), trim_blocks=True, lstrip_blocks=True, autoescape=True)
-    env.filters["visible"] = lambda text: Markup(visible(text))
-    shown = []
-    for record in records:
-        answers = answers_of(record)
-        fragments = map(Markup, token_rewards_html(*(answer["token_rewards"] for answer in answers)))
-        shown.append((record, zip(answers, fragments, strict=True)))
+    env.globals |= {"visible": lambda text: Markup(visible(text)), "pictures": token_rewards_html}
+    shown = [(record, answers_of(record)) for record in records]
     return env.get_template("token_rewards.html.jinja").render(shown=shown, css=Markup(CSS), note=Markup(NOTE))
 
 

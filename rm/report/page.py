@@ -41,7 +41,7 @@ def report_html(folders: Sequence[str | os.PathLike], by: str = "eval/accuracy")
     runs = [Run(path, str(path.relative_to(shared))) for path in paths]
     page = run_page(runs[0]) if len(runs) == 1 else leaderboard_page(runs, by)
     page |= {"signed": SIGNED, "spelled": spelled, "plain": plain, "find_metric": find_metric, "cards": CARDS}
-    page |= {"palette": figures.PALETTE, "tokens_css": CSS, "tokens_note": Markup(NOTE)}
+    page |= {"palette": figures.PALETTE, "tokens_css": CSS, "tokens_note": Markup(NOTE), "audit_counts": MEANING}
     env = Environment(loader=PackageLoader("rm", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = env.get_template("report.html.jinja").render(page)
     return re.sub(INVISIBLE, lambda found: f"⟨U+{ord(found[0]):04X}⟩", html)
@@ -88,7 +88,6 @@ def run_page(run: Run) -> dict[str, Any]:
         "evaluation": evaluation,
         "sets": sets,
         "mistakes": [record_view(record) for record in mistakes],
-        "audit": audit_view(run.data) if run.data else None,
         "changed": changed_options(run.config),
         "notes": notes,
     }
@@ -121,22 +120,6 @@ def record_view(record: Pair | Group) -> dict[str, Any]:
     return vars(record) | {"answers": answers, "has_tokens": has_tokens}
 
 
-def audit_view(data: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """data_report.json as a table with one column per split. If a split has several sets, each set has a column too."""
-    columns = {}
-    for split, part in data.items():
-        sets = part.get("sets", {})
-        columns |= {f"{split}: {name}": counts for name, counts in sets.items()}
-        columns[f"{split}: all" if sets else split] = part
-    counts = {name: [part.get(name) for part in columns.values()] for name in MEANING}
-    texts = {name: ["" if v is None else spelled(v) for v in values] for name, values in counts.items() if any(values)}
-    return {
-        "headers": ["count", *columns, "meaning"],
-        "rows": [[name, *values, MEANING[name]] for name, values in texts.items()],
-        "sources": [f"{name}: {part.get('source')}, format {part.get('format')}." for name, part in columns.items()],
-    }
-
-
 # ---------------------------------------------------------------- several runs
 
 
@@ -152,9 +135,9 @@ def leaderboard_page(runs: Sequence[Run], by: str) -> dict[str, Any]:
     for run in runs:
         texts = {key: plain(value) for key, value in run.config.items() if key not in ("output_dir", "run_name")}
         for split in ("test", "train"):
-            texts[f"{split} data"] = plain(run.data.get(split, {}).get("fingerprint", ""))[:12]
-        texts["commit"] = (run.results.git_commit or "")[:12]
-        options[run.name] = texts | {"finished": "yes" if run.results.summary else f"no, at step {run.last_step:,}"}
+            texts[f"{split} data"] = str(run.data.get(split, {}).get("fingerprint", ""))[:12]
+        finished = "yes" if run.results.summary else f"no, at step {run.last_step:,}"
+        options[run.name] = texts | {"commit": (run.results.git_commit or "")[:12], "finished": finished}
     keys = dict.fromkeys(key for texts in options.values() for key in texts)
     differing = [key for key in keys if len({texts.get(key) for texts in options.values()}) > 1]
     return {
