@@ -218,7 +218,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def paired(runs: dict[str, list[dict]], name: str, metric: str) -> tuple[float, float]:
     """`interval` of the difference from the first setting with the same seed."""
     first = next(iter(runs.values()))
-    return interval([run[metric] - other[metric] for run, other in zip(runs[name], first, strict=True)])
+    return interval([run[metric] - other[metric] for run, other in zip(runs[name], first, strict=False)])
 
 
 def draw(question: str, runs: dict[str, list[dict]], path: Path) -> None:
@@ -271,7 +271,7 @@ def main() -> None:
     found = {question: json.loads(path.read_text()) if path.exists() else {} for question, path in files.items()}
     shared = [(made, question, name) for question in names for name, made in QUESTIONS[question].items()]
     with tempfile.TemporaryDirectory() as starts:
-        for question, seed, name in [(q, s, n) for q in names for s in range(args.seeds) for n in QUESTIONS[q]]:
+        for seed, question, name in [(s, q, n) for s in range(args.seeds) for q in names for n in QUESTIONS[q]]:
             made, runs = QUESTIONS[question][name], found[question].setdefault(name, [])
             if len(runs) > seed or args.only_draw:
                 continue
