@@ -41,7 +41,7 @@ def report_html(folders: Sequence[str | os.PathLike], by: str = "eval/accuracy")
     runs = [Run(path, str(path.relative_to(shared))) for path in paths]
     page = run_page(runs[0]) if len(runs) == 1 else leaderboard_page(runs, by)
     page |= {"signed": SIGNED, "spelled": spelled, "plain": plain, "find_metric": find_metric, "cards": CARDS}
-    page |= {"palette": figures.PALETTE, "tokens_css": CSS, "tokens_note": Markup(NOTE), "audit_counts": MEANING}
+    page |= {"look": figures, "tokens_css": CSS, "tokens_note": Markup(NOTE), "audit_counts": MEANING}
     env = Environment(loader=PackageLoader("rm", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = env.get_template("report.html.jinja").render(page)
     return re.sub(INVISIBLE, lambda found: f"⟨U+{ord(found[0]):04X}⟩", html)
@@ -133,12 +133,12 @@ def leaderboard_page(runs: Sequence[Run], by: str) -> dict[str, Any]:
     runs = sorted(runs, key=lambda run: (math.isnan(value := run.final.get(by, math.nan)), sign * value, run.name))
     options, notes = {}, Notes()
     for run in runs:
-        texts = {key: plain(value) for key, value in run.config.items() if key not in ("output_dir", "run_name")}
+        texts = {key: f"{v:.6g}" if isinstance(v, float) else plain(v) for key, v in run.config.items()}
         for split in ("test", "train"):
             texts[f"{split} data"] = str(run.data.get(split, {}).get("fingerprint", ""))[:12]
         finished = "yes" if run.results.summary else f"no, at step {run.last_step:,}"
         options[run.name] = texts | {"commit": (run.results.git_commit or "")[:12], "finished": finished}
-    keys = dict.fromkeys(key for texts in options.values() for key in texts)
+    keys = dict.fromkeys(key for texts in options.values() for key in texts if key not in ("output_dir", "run_name"))
     differing = [key for key in keys if len({texts.get(key) for texts in options.values()}) > 1]
     return {
         "runs": runs,

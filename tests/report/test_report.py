@@ -397,12 +397,12 @@ def test_the_loss_of_guessing_is_that_of_the_run(tmp_path):
 def test_leaderboard(tmp_path):
     one = table().assign(reward_chosen=[1.0] * 18 + [-1.0] * 6, reward_rejected=0.0)
     other = one.assign(reward_chosen=[1.0] * 12 + [-1.0] * 12)
-    folders = [make_run(tmp_path / "other", other, learning_rate=2e-3), make_run(tmp_path / "one", one)]
+    folders = [make_run(tmp_path / "other", other, learning_rate=0.1 + 0.2), make_run(tmp_path / "one", one)]
     page = Page(report_html(folders))
     headers, first, second = page.rows[:3]
     assert [first[0], second[0]] == ["one", "other"]
     assert first[headers.index("eval/accuracy")] == "0.7500 (0.6000 to 0.8000)"
-    assert [row[headers.index("learning_rate")] for row in (first, second)] == ["0.001", "0.002"]
+    assert [row[headers.index("learning_rate")] for row in (first, second)] == ["0.001", "0.3"]
     assert not {"dataset_name", "commit", "test data", "finished"} & set(headers)
     assert "one has the highest eval/accuracy, 0.7500, of 2 runs." in page.text
     assert {"cmp-eval-loss", "cmp-eval-accuracy", "cmp-train-loss"} <= set(page.ids)
