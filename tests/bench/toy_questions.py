@@ -207,6 +207,20 @@ FIGURES = {
 }
 
 
+# question: the known answer
+EXPECTED = {
+    "centering": "Centering 0, 0.001, 0.01, 0.1: the mean reward goes to 0, the accuracy does not change "
+    "(Eisenstein et al. 2023). A large coefficient also shrinks the rewards, so the probabilities are too low.",
+    "margins": "Margins by strength of preference, and the scaled Bradley-Terry loss: small differences in accuracy; "
+    "margins spread the rewards (Llama 2, tables 27 and 28; HelpSteer2-Preference).",
+    "labels": "Soft labels (the true probabilities) against hard ones: soft labels have no noise and should be better.",
+    "smoothing": "Label smoothing s with 0, 10 and 20% flipped labels: it shrinks rewards and repairs no accuracy.",
+    "head": "Standard deviation of the new head: it changes the start, hardly the end; d + 1 is 33 here.",
+    "lora": "LoRA ranks and rates against full training, from the same tiny language model.",
+    "size": "Number of comparisons in one epoch: accuracy approaches the best possible one.",
+}
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval over seeds (Student's t)."""
     mean = statistics.mean(values)
@@ -251,7 +265,7 @@ def show(question: str, runs: dict[str, list[dict]]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} | {'{:+.4f} ± {:.4f}'.format(*paired(runs, name, 'accuracy'))} |")
     for name, found in runs.items() if question == "margins" else ():
         bins = np.mean([run["by_separation"] for run in found], axis=0).round(3).tolist()
-        lines.append(f"accuracy by |true margin| in {SEPARATION}: {name}: {bins}")
+        lines.append(f"\nAccuracy by absolute true margin from {SEPARATION[:-1]}, {name}: {bins}.")
     return "\n".join(lines)
 
 
@@ -278,10 +292,14 @@ def main() -> None:
             runs.append(same[0] if same else run(name, made, seed, Path(starts)))
             files[question].write_text(json.dumps(found[question], indent=0, ensure_ascii=False))
             print(f"{question}, {name}, seed {seed}: {runs[seed]}", flush=True)
+    page = ["# Questions with known answers on toy data", "Written by `tests/bench/toy_questions.py`."]
     for question in names:
         runs = {name: found[question][name] for name in QUESTIONS[question] if found[question].get(name)}
         draw(question, runs, output / f"{question}.svg")
+        count = f"Seeds per row: {', '.join(str(len(seeds)) for seeds in runs.values())}."
+        page += [f"## {question}", EXPECTED[question], f"![{question}]({question}.svg)", show(question, runs), count]
         print(show(question, runs) + "\n")
+    (output / "README.md").write_text("\n\n".join(page) + "\n")
 
 
 if __name__ == "__main__":
