@@ -102,10 +102,10 @@ def read(folder: Path) -> dict[str, float]:
     """Metrics of a run with the parts by length: pairs whose chosen answer is the shorter one, and the others."""
     results = json.loads((folder / "results.json").read_text())
     summary, lines = results["summary"], (folder / "metrics.jsonl").read_text().splitlines()
-    found = {name: summary[f"eval/{name}"] for name in SHOWN}
+    found = {name: float(summary[f"eval/{name}"]) for name in SHOWN}
     found |= {"interval": results["intervals"]["eval/accuracy"], "steps": summary["train/steps"]}
     start = json.loads(lines[0])
-    found |= {"untrained_accuracy": start["eval/accuracy"], "untrained_loss": start["eval/loss"]}
+    found |= {f"untrained_{name}": float(start[f"eval/{name}"]) for name in ("accuracy", "loss")}
     table = pd.read_parquet(folder / "eval" / f"step-{summary['train/steps']}.parquet")
     right = pd.Series(is_right((table["reward_chosen"] - table["reward_rejected"]).to_numpy()))
     longer = np.sign(table["length_chosen"] - table["length_rejected"])

@@ -27,9 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason="needs VLL
 @pytest.fixture
 def base(tmp_path) -> Path:
     """A tiny Llama with heads of 64 units, the smallest size that the CPU kernels of vLLM have."""
-    config = AutoConfig.from_pretrained(ROOT / "configs" / "tiny_llama", hidden_size=128, intermediate_size=256)
-    config.num_attention_heads = config.num_key_value_heads = 2
-    config.head_dim = 64
+    config = AutoConfig.from_pretrained(ROOT / "configs" / "tiny_llama", num_labels=1, hidden_size=128, head_dim=64)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(ROOT / "configs" / "tiny_llama").save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -58,7 +56,7 @@ def serve(tmp_path):
             except requests.ConnectionError:
                 return False
 
-        wait_until(answers, timeout=300)
+        wait_until(answers, timeout=900)
         return f"http://127.0.0.1:{port}"
 
     yield start
