@@ -28,7 +28,6 @@ from rm.log.trackers import RunLog, print_safely
 
 PROMPT_LINES, ANSWER_LINES = 3, 4  # a text is shortened to about so many lines of the terminal
 LEFT, REWARD = 16, 9  # widths of columns, for rewards and margins below 10000
-MARGINS = {"margin": "margin", "data": "data_margin"}
 PAIR_NOTE = "margin = reward of chosen - reward of rejected, P = sigmoid(margin); compare rewards in a pair only"
 GROUP_NOTE = (
     "answers of a group: from the best to the worst label, with the score or the share of comparisons won; rank 1: the "
@@ -181,7 +180,7 @@ def reward_table(records: list[dict[str, Any]], console: Console, title: str | N
     table.add_column("", **fixed)
     table.add_column("text", ratio=1, overflow="fold", min_width=10)
     table.add_column("reward", min_width=7, justify="right", **fixed)
-    shown_set = None
+    shown_set, margins = None, (("margin", "margin"), ("data", "data_margin"))
     for record, answers in zip(records, answers_by_record, strict=True):
         if record.get("set") != shown_set:
             shown_set = record["set"]
@@ -193,23 +192,23 @@ def reward_table(records: list[dict[str, Any]], console: Console, title: str | N
         if answers[0]["token_rewards"]:
             bars = token_bars([answer["token_rewards"] for answer in answers], width, unicode)
         colour = {"right": "green", "wrong": "red"}.get(record["correct"], "yellow")
-        middle = [("prompt", shortened(plain(record["prompt"])[::-1], PROMPT_LINES)[::-1], "")]  # keeps its end
-        styles = [("bold", "dim", "dim", "")]
+        prompt = shortened(plain(record["prompt"])[::-1], PROMPT_LINES)[::-1]  # keeps its end
+        lines = [(("prompt", prompt, ""), ("bold", "dim", "dim", ""))]
         for answer, text, line in zip(answers, texts, bars, strict=True):
             text = shortened(text, ANSWER_LINES) + (f"\n{line}" if 0 < len(line) <= width else "")
             name, reward, style = answer["name"], f"{answer['reward']:+.3f}", ("dim", "", colour)
             if "answers" in record:
                 style = ("red", "", "red") if answer["is_inverted"] else ("dim", "", "")
                 name, reward = name + "\ninverted" * answer["is_inverted"], f"{reward}\nrank {answer['rank']}"
-            middle.append((name, text, reward))
-            styles.append((colour, *style))
+            lines.append(((name, text, reward), (colour, *style)))
         verdict = f"{record['correct']:5} P={record['p_chosen']:.3f}" if "p_chosen" in record else record["correct"]
         left = [plain(record["id"].removeprefix(f"{shown_set}/")), verdict]
         left += [f"accuracy {record['accuracy']:.3f}"] if "accuracy" in record else []
-        left += [f"{name:6} {record[key]:+.3f}" for name, key in MARGINS.items() if key in record]
+        left += [f"{name:6} {record[key]:+.3f}" for name, key in margins if key in record]
         # Text, since a str with brackets would be taken for markup
-        for line, cells, style in zip_longest(left, middle, styles):
-            table.add_row(*map(Text, (line or "", *(cells or ("", "", ""))), style or (colour, "dim", "", colour)))
+        left += [""] * (len(lines) - len(left))
+        for line, (cells, style) in zip_longest(left, lines, fillvalue=(("", "", ""), (colour, "dim", "", colour))):
+            table.add_row(*map(Text, (line, *cells), style))
         table.add_section()
     return table
 

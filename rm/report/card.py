@@ -67,14 +67,9 @@ def model_card(results: dict[str, Any], *, name: str, repo_id: str | None = None
         arguments = [f"{key}={value!r}" for key, value in settings.items() if not key.startswith("_")]
         quantization = f", quantization_config=BitsAndBytesConfig({', '.join(arguments)})"
     tests = plain(" + ".join(part["source"] for split, part in data.items() if split.startswith("test")))
-    result = EvalResult(
-        task_type="text-classification",
-        dataset_type=re.sub(r"[^\w/.-]+", "-", next(iter(datasets), tests)),
-        dataset_name=tests,
-        metric_type="accuracy",
-        metric_name="pairwise accuracy",
-        metric_value=summary.get("eval/accuracy"),
-    )
+    measured = dict(task_type="text-classification", metric_type="accuracy", metric_name="pairwise accuracy")
+    measured |= dict(dataset_type=re.sub(r"[^\w/.-]+", "-", next(iter(datasets), tests)), dataset_name=tests)
+    result = EvalResult(**measured, metric_value=summary.get("eval/accuracy"))
     header = ModelCardData(
         base_model=base_model,
         datasets=datasets or None,
@@ -99,10 +94,8 @@ def model_card(results: dict[str, Any], *, name: str, repo_id: str | None = None
         changed=changed_options(config),
         command=" ".join(map(plain, results["command"])),
         origin=origin,
-        revision=adapter.get("revision") or ("main" if adapter else config["model_revision"]),
         adapter={key: adapter[key] for key in ADAPTER_SETTINGS if adapter.get(key)},
         quantization=quantization,
-        remote=", trust_remote_code=True" if config["trust_remote_code"] else "",
         **{"plain": plain, "number": number, "repr": repr},
     )
     return redact(str(card), "commit")  # 40 hexadecimal digits are a commit here

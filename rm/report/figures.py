@@ -78,12 +78,11 @@ def training(run: Run) -> list[tuple]:
     ceiling, clip = run.final.get("eval/accuracy_ceiling"), run.config.get("max_grad_norm")
     known = [(0.5, "guessing")] + ([(ceiling, f"best possible, {ceiling:.3f}")] if ceiling else [])
     clipped = [(clip, f"clipped to {clip}")] if clip else []
-    guess = run.final.get("eval/prompt_only_baseline_loss", math.log(2))
     means = f"Training values are means since the previous log line.{BARS}"
     drift = f"{means} Only differences of rewards are trained: both may drift together."
     speed = "Comparisons per second of all processes since the previous log line, without evaluation and saving."
     plans = [
-        ("loss", "Loss", loss, "loss (nats)", f"{means} Guessing costs {guess:.3f}."),
+        ("loss", "Loss", loss, "loss (nats)", means, guessing([run])),
         ("accuracy", "Accuracy", accuracy, "accuracy", means, known),
         ("margin", "Margin: reward of chosen minus reward of rejected", margin, "reward", means),
         ("rewards", "Mean reward of chosen and rejected answers", rewards, "reward", drift),
@@ -100,16 +99,22 @@ def training(run: Run) -> list[tuple]:
 
 def comparison(runs: Sequence[Run]) -> list[tuple]:
     """Curves of several runs."""
-    half, ln2 = [(0.5, "guessing")], [(math.log(2), "guessing")]
+    half, guess = [(0.5, "guessing")], guessing(runs)
     plans = [
         ("cmp-eval-accuracy", "Held-out accuracy", "eval/accuracy", "accuracy", f"At each evaluation.{BARS}", half),
-        ("cmp-eval-loss", "Held-out loss", "eval/loss", "loss (nats)", f"At each evaluation.{BARS}", ln2),
-        ("cmp-train-loss", "Training loss", "train/loss", "loss (nats)", LINES, ln2),
+        ("cmp-eval-loss", "Held-out loss", "eval/loss", "loss (nats)", f"At each evaluation.{BARS}", guess),
+        ("cmp-train-loss", "Training loss", "train/loss", "loss (nats)", LINES, guess),
     ]
     return [
         (key, title, curves, {run.name: run.curve(metric) for run in runs}, *more)
         for key, title, metric, *more in plans
     ]
+
+
+def guessing(runs: Sequence[Run]) -> list[tuple[float, str]]:
+    """The loss of equal rewards as a reference line, if it is known and about the same in all runs."""
+    losses = {run.final.get("eval/prompt_only_baseline_loss", math.nan) for run in runs}
+    return [(min(losses), f"guessing, {min(losses):.3f}")] if np.ptp(list(losses)) < 5e-4 else []
 
 
 def curves(

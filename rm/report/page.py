@@ -41,7 +41,7 @@ def report_html(folders: Sequence[str | os.PathLike], by: str = "eval/accuracy")
     runs = [Run(path, str(path.relative_to(shared))) for path in paths]
     page = run_page(runs[0]) if len(runs) == 1 else leaderboard_page(runs, by)
     page |= {"signed": SIGNED, "spelled": spelled, "plain": plain, "find_metric": find_metric, "cards": CARDS}
-    page |= {"palette": figures.PALETTE, "tokens_css": CSS, "tokens_note": Markup(NOTE)}
+    page |= {"look": figures, "tokens_css": CSS, "tokens_note": Markup(NOTE), "audit_counts": MEANING}
     env = Environment(loader=PackageLoader("rm", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = env.get_template("report.html.jinja").render(page)
     return re.sub(INVISIBLE, lambda found: f"⟨U+{ord(found[0]):04X}⟩", html)
@@ -66,7 +66,7 @@ def spelled(value: float) -> str:
 
 def run_page(run: Run) -> dict[str, Any]:
     """The variables of the template for one run."""
-    notes, results, evaluation, sets = run.notes, run.results, [], {}
+    notes, evaluation, sets = run.notes, [], {}
     table_file = run.folder / "eval" / f"step-{run.table_step}.parquet"
     what = f"histograms, calibration and slices from eval/{table_file.name}"
     if table_file.is_file() and (table := notes.attempt(what, read_table, table_file, notes)) is not None:
@@ -80,57 +80,17 @@ def run_page(run: Run) -> dict[str, Any]:
             shown.setdefault((record.id, type(record)), []).append(record)
     samples = [sample_view(i, records, notes) for i, records in enumerate(list(shown.values())[:MAX_SAMPLES])]
     mistakes = notes.read_lines(run.folder / "mistakes.jsonl", Pair | Group)[:MAX_MISTAKES]
-    missing = {
-        f"This run is not finished; its numbers end at step {run.last_step:,}.": results.summary,
-        "No samples: num_print_samples is 0, or there was no evaluation.": samples,
-        "No list of mistakes: mistakes.jsonl is written at the end of a run.": mistakes,
-        "No data audit: data_report.json is missing.": run.data,
-    }
-    notes += [note for note, found in missing.items() if not found]
-    provenance = {
-        "directory": str(run.folder),
-        "command": " ".join(results.command),
-        "git_commit": results.git_commit,
-        "layout": results.layout,
-        "packages": ", ".join(f"{name} {version}" for name, version in results.packages.items()),
-        "machine": ", ".join(f"{name} {value}" for name, value in results.machine.items()),
-        **{f"{split} data, sha256": part.get("fingerprint") for split, part in run.data.items()},
-    }
     return {
         "run": run,
-        "title": f"Reward model: {run.name}",
-        "lead": how_it_went(run),
         "samples": samples,
         "num_samples": len(shown),
         "curves": figures.draw(figures.training(run), notes),
         "evaluation": evaluation,
         "sets": sets,
         "mistakes": [record_view(record) for record in mistakes],
-        "audit": audit_view(run.data) if run.data else None,
         "changed": changed_options(run.config),
-        "provenance": {name: value for name, value in provenance.items() if value}.items(),
-        "diff": results.git_diff,
         "notes": notes,
     }
-
-
-def how_it_went(run: Run) -> str:
-    """The result of a run in one sentence."""
-    final, unfinished = run.final, "" if run.results.summary else " of a run that is not finished"
-    accuracy, ends = final.get("eval/accuracy", math.nan), run.intervals.get("eval/accuracy")
-    after = f"after {run.table_step or run.last_step:,} steps{unfinished}"
-    if not math.isfinite(accuracy):
-        return f"Held-out accuracy is not known {after}."
-    interval = f"95% interval {ends[0]:.2f} to {ends[1]:.2f}, " if ends else ""
-    counts = [f"{final.get(f'eval/{name}', 0):,.0f} {name}" for name in ("comparisons", "prompts")]
-    sentence = f"Held-out accuracy is {accuracy:.3f} ({interval}{' of '.join(counts)}) {after}"
-    if "eval/longer_answer_baseline_accuracy" in final:
-        sentence += f"; preferring the longer answer gives {final['eval/longer_answer_baseline_accuracy']:.3f}"
-    if "eval/accuracy_ceiling" in final:
-        sentence += f"; the best possible is {final['eval/accuracy_ceiling']:.3f}"
-    if "eval/best_of_n_accuracy" in final:
-        sentence += f"; best-of-N accuracy is {final['eval/best_of_n_accuracy']:.3f}"
-    return sentence + "."
 
 
 def sample_view(i: int, records: list[Pair | Group], notes: Notes) -> dict[str, Any]:
@@ -160,22 +120,6 @@ def record_view(record: Pair | Group) -> dict[str, Any]:
     return vars(record) | {"answers": answers, "has_tokens": has_tokens}
 
 
-def audit_view(data: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """data_report.json as a table with one column per split. If a split has several sets, each set has a column too."""
-    columns = {}
-    for split, part in data.items():
-        sets = part.get("sets", {})
-        columns |= {f"{split}: {name}": counts for name, counts in sets.items()}
-        columns[f"{split}: all" if sets else split] = part
-    counts = {name: [part.get(name) for part in columns.values()] for name in MEANING}
-    texts = {name: ["" if v is None else spelled(v) for v in values] for name, values in counts.items() if any(values)}
-    return {
-        "headers": ["count", *columns, "meaning"],
-        "rows": [[name, *values, MEANING[name]] for name, values in texts.items()],
-        "sources": [f"{name}: {part.get('source')}, format {part.get('format')}." for name, part in columns.items()],
-    }
-
-
 # ---------------------------------------------------------------- several runs
 
 
@@ -189,21 +133,17 @@ def leaderboard_page(runs: Sequence[Run], by: str) -> dict[str, Any]:
     runs = sorted(runs, key=lambda run: (math.isnan(value := run.final.get(by, math.nan)), sign * value, run.name))
     options, notes = {}, Notes()
     for run in runs:
-        texts = {key: plain(value) for key, value in run.config.items() if key not in ("output_dir", "run_name")}
+        texts = {key: f"{v:.6g}" if isinstance(v, float) else plain(v) for key, v in run.config.items()}
         for split in ("test", "train"):
-            texts[f"{split} data"] = plain(run.data.get(split, {}).get("fingerprint", ""))[:12]
-        texts["commit"] = (run.results.git_commit or "")[:12]
-        options[run.name] = texts | {"finished": "yes" if run.results.summary else f"no, at step {run.last_step:,}"}
-    keys = dict.fromkeys(key for texts in options.values() for key in texts)
+            texts[f"{split} data"] = str(run.data.get(split, {}).get("fingerprint", ""))[:12]
+        finished = "yes" if run.results.summary else f"no, at step {run.last_step:,}"
+        options[run.name] = texts | {"commit": (run.results.git_commit or "")[:12], "finished": finished}
+    keys = dict.fromkeys(key for texts in options.values() for key in texts if key not in ("output_dir", "run_name"))
     differing = [key for key in keys if len({texts.get(key) for texts in options.values()}) > 1]
-    if "test data" in differing:
-        notes.append("The runs were evaluated on different data: their held-out metrics are not directly comparable.")
-    best = f"{'lowest' if sign > 0 else 'highest'} {by}, {spelled(runs[0].final.get(by, math.nan))}"
     return {
         "runs": runs,
-        "title": f"{len(runs)} reward models",
-        "lead": f"{runs[0].name} has the {best}, of {len(runs)} runs.",
         "by": by,
+        "best": "lowest" if sign > 0 else "highest",
         "columns": [name for name in dict.fromkeys((by, *COLUMNS)) if name in known],
         "options": options,
         "differing": differing,

@@ -289,16 +289,24 @@ def test_help(capsys):
     assert "--seed=42" in text and "--max_steps" not in text
 
 
+SWEEPS = sorted((ROOT / "configs").glob("sweep*.yaml"))
+
+
 def test_every_recipe_parses():
-    recipes = [path for path in (ROOT / "configs").glob("*.yaml") if path.name != "sweep.yaml"]
+    recipes = [path for path in (ROOT / "configs").glob("*.yaml") if path not in SWEEPS]
     assert len(recipes) >= 5
     for path in recipes:
         parse_config(["--config", str(path)])
-    sweep = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_value_of_a_sweep_parses(path):
+    sweep = yaml.safe_load(path.read_text())
+    command = [word for word in sweep["command"] if word.startswith("--") and word != "--config"]
+    (recipe,) = [word for word in sweep["command"] if word.startswith("configs/")]
     for name, parameter in sweep["parameters"].items():
         for value in parameter.get("values") or [parameter.get("value", parameter.get("min"))]:
-            options = [word for word in sweep["command"] if word.startswith("--") and word != "--config"]
-            parse_config(["--config", str(ROOT / "configs" / "quickstart.yaml"), *options, f"--{name}={value}"])
+            parse_config(["--config", str(ROOT / recipe), *command, f"--{name}={value}"])
 
 
 def test_accelerate_configs_parse():

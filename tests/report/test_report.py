@@ -18,7 +18,7 @@ from conftest import ROOT
 from rm.config.errors import InputError
 from rm.data.audit import MEANING
 from rm.report import figures
-from rm.report.page import how_it_went, report_html
+from rm.report.page import report_html
 from rm.report.read_run import Notes, Run
 from rm.train.finish import write_report
 
@@ -205,8 +205,8 @@ def test_several_sets(train, tmp_path):
 
 def test_a_run_that_is_not_finished(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    run = Run(tmp_path, "run")
-    assert how_it_went(run) == "Held-out accuracy is not known after 0 steps of a run that is not finished."
+    page = Page(report_html([tmp_path]))
+    assert "Held-out accuracy is not known after 0 steps of a run that is not finished." in page.text
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0, "train/loss": 0.7, "train/accuracy": 0.55}\n')
     page = Page(report_html([tmp_path]))
     assert "numbers end at step 1." in page.text and page.row("train/accuracy")[1] == "0.5500"
@@ -377,18 +377,32 @@ def test_a_report_that_fails_loses_no_run(train, drawn, monkeypatch, caplog):
     assert "RuntimeError: no ink" in caplog.text  # with its traceback
 
 
+def test_the_loss_of_guessing_is_that_of_the_run(tmp_path):
+    """The mean loss of the two choices in a ranking of three answers is (ln 3 + ln 2) / 2 if all rewards are equal."""
+    folders = [make_run(tmp_path / name) for name in ("pairs", "ranking", "unknown")]
+    for folder, loss in zip(folders, (math.log(2), math.log(6) / 2), strict=False):
+        baseline = {"eval/prompt_only_baseline_loss": loss}
+        edit(folder / "results.json", lambda results, new=baseline: results["summary"].update(new))
+    pairs, ranking, unknown = (Run(folder, "run") for folder in folders)
+    assert figures.guessing([ranking]) == [(math.log(6) / 2, "guessing, 0.896")]
+    assert figures.guessing([pairs, pairs]) == [(math.log(2), "guessing, 0.693")]
+    assert figures.guessing([pairs, ranking]) == figures.guessing([pairs, unknown]) == figures.guessing([unknown]) == []
+    loss = {key: references for key, _, _, _, _, _, *references in figures.training(ranking)}["loss"]
+    assert loss == [figures.guessing([ranking])]
+
+
 # ------------------------------------------------------------------------------ several runs
 
 
 def test_leaderboard(tmp_path):
     one = table().assign(reward_chosen=[1.0] * 18 + [-1.0] * 6, reward_rejected=0.0)
     other = one.assign(reward_chosen=[1.0] * 12 + [-1.0] * 12)
-    folders = [make_run(tmp_path / "other", other, learning_rate=2e-3), make_run(tmp_path / "one", one)]
+    folders = [make_run(tmp_path / "other", other, learning_rate=0.1 + 0.2), make_run(tmp_path / "one", one)]
     page = Page(report_html(folders))
     headers, first, second = page.rows[:3]
     assert [first[0], second[0]] == ["one", "other"]
     assert first[headers.index("eval/accuracy")] == "0.7500 (0.6000 to 0.8000)"
-    assert [row[headers.index("learning_rate")] for row in (first, second)] == ["0.001", "0.002"]
+    assert [row[headers.index("learning_rate")] for row in (first, second)] == ["0.001", "0.3"]
     assert not {"dataset_name", "commit", "test data", "finished"} & set(headers)
     assert "one has the highest eval/accuracy, 0.7500, of 2 runs." in page.text
     assert {"cmp-eval-loss", "cmp-eval-accuracy", "cmp-train-loss"} <= set(page.ids)

@@ -1,0 +1,172 @@
+"""Real preference data and a small pretrained model: full training and LoRA, several seeds, baselines, length bias.
+
+    python tests/bench/real_data.py --model SMOLLM2 --pairs train.jsonl.gz --eval_pairs test.jsonl.gz \\
+        --groups groups.jsonl.gz --work runs/real --output real_data.json
+    python tests/bench/real_data.py ... --only_read              # the tables again, from the runs that are finished
+
+Settings: `pairs` (all weights, LoRA) on two files of pairs; `groups` on prompts with scored answers, of which a part is
+held out: all comparisons in one step, the same with the length penalty of tests/hacks/, and one random pair per prompt
+for as many tokens. Each setting evaluates before the first step too: an untrained head. Runs that exist are not
+repeated, so the command can be stopped and started again. `--max_steps` is for a test of the script.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+from common import make_config, tokenize  # noqa: E402
+from groups import interval  # noqa: E402
+
+from rm.evaluate.statistics import is_right  # noqa: E402
+from rm.model.load import load_tokenizer  # noqa: E402
+
+SHOWN = ("accuracy", "loss", "longer_answer_baseline_accuracy", "ece", "temperature", "margin_length_spearman")
+ALL, LORA = {"learning_rate": 3e-5}, {"use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 3e-4}
+
+
+def read_rows(path: str) -> list[dict]:
+    with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def split_groups(args: argparse.Namespace) -> dict[str, str]:
+    """Files: training and held-out groups (other prompts), and one random pair with different scores per prompt."""
+    rows, rng = read_rows(args.groups), random.Random(0)
+    rng.shuffle(rows)
+    num_test = len(rows) // 5
+    test, train, pairs = rows[:num_test], rows[num_test:], []
+    if args.prompts:
+        train, test = train[: args.prompts], test[: max(4, args.prompts // 4)]
+    for row in train:
+        a, b = rng.sample(range(len(row["responses"])), 2)
+        if row["scores"][a] != row["scores"][b]:
+            chosen, rejected = (a, b) if row["scores"][a] > row["scores"][b] else (b, a)
+            texts = {"chosen": row["responses"][chosen], "rejected": row["responses"][rejected]}
+            pairs.append({"prompt": row["prompt"], **texts})
+    named = {"groups-train": train, "groups-test": test, "one-pair": pairs}
+    return {name: write_rows(Path(args.work, f"{name}.jsonl"), found) for name, found in named.items()}
+
+
+def num_tokens(path: str, args: argparse.Namespace) -> int:
+    """Tokens of one epoch in trees."""
+    config = make_config(argparse.Namespace(model=args.model, data=path, max_length=args.max_length))
+    data = tokenize(path, load_tokenizer(config), config)
+    return sum(len(tree.prefix) + sum(map(len, tree.answers)) for tree in data.trees(range(len(data))))
+
+
+def edited_copy(patch: str, folder: Path) -> Path:
+    """The program with one of the patches in tests/hacks/."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        shutil.copytree(ROOT / "rm", folder / "rm")
+        shutil.copy(ROOT / "train_rm.py", folder)
+        subprocess.run(["git", "apply", ROOT / "tests" / "hacks" / patch], cwd=folder, check=True)
+    return folder
+
+
+def train(name: str, options: dict, args: argparse.Namespace, root: Path = ROOT) -> None:
+    folder = Path(args.work, name).resolve()
+    if (folder / "finished.json").exists():
+        return
+    given = dict(model_name_or_path=args.model, max_length=args.max_length, overlength="truncate_left")
+    given |= dict(
+        eval_on_start=True, warmup_ratio=0.1, micro_batch_tokens=2048, mixed_precision="bf16", eval_steps=0.25
+    )
+    given |= {"output_dir": folder, "resume_from_checkpoint": "latest", "save_steps": 0.25, "save_total_limit": 1}
+    given |= {"max_steps": args.max_steps} if args.max_steps else {}
+    command = [sys.executable, root / "train_rm.py", *(f"{key}={value}" for key, value in (given | options).items())]
+    print(f"{name}: {' '.join(map(str, command[1:]))}", flush=True)
+    with open(f"{folder}.log", "a") as log:
+        env = os.environ | {"PYTHONPATH": str(root)}
+        subprocess.run(command, cwd=root, env=env, stdout=log, stderr=log, check=True)
+
+
+def read(folder: Path) -> dict[str, float]:
+    """Metrics of a run with the parts by length: pairs whose chosen answer is the shorter one, and the others."""
+    results = json.loads((folder / "results.json").read_text())
+    summary, lines = results["summary"], (folder / "metrics.jsonl").read_text().splitlines()
+    found = {name: float(summary[f"eval/{name}"]) for name in SHOWN}
+    found |= {"interval": results["intervals"]["eval/accuracy"], "steps": summary["train/steps"]}
+    start = json.loads(lines[0])
+    found |= {f"untrained_{name}": float(start[f"eval/{name}"]) for name in ("accuracy", "loss")}
+    table = pd.read_parquet(folder / "eval" / f"step-{summary['train/steps']}.parquet")
+    right = pd.Series(is_right((table["reward_chosen"] - table["reward_rejected"]).to_numpy()))
+    longer = np.sign(table["length_chosen"] - table["length_rejected"])
+    for part, sign in (("shorter_preferred", -1), ("longer_preferred", 1)):
+        weight = table["share"].where(longer == sign, 0)
+        found[f"accuracy_{part}"] = float((right * weight).sum() / weight.sum())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--pairs")
+    parser.add_argument("--eval_pairs")
+    parser.add_argument("--groups")
+    parser.add_argument("--work", required=True, help="folder for data and runs")
+    parser.add_argument("--output", help="JSON file for all numbers")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--max_steps", type=int)
+    parser.add_argument("--prompts", type=int, help="use the first prompts only")
+    parser.add_argument("--only_read", action="store_true")
+    args = parser.parse_args()
+    args.work = str(Path(args.work).resolve())
+    Path(args.work).mkdir(parents=True, exist_ok=True)
+
+    settings: dict[str, tuple[dict, Path]] = {}
+    if args.pairs:
+        data = {"dataset_name": Path(args.pairs).resolve(), "eval_dataset_name": Path(args.eval_pairs).resolve()}
+        data |= {"train_batch_size": 16}
+        data |= {"max_train_samples": args.prompts, "max_eval_samples": args.prompts} if args.prompts else {}
+        settings |= {"pairs, all weights": (data | ALL, ROOT), "pairs, LoRA": (data | LORA, ROOT)}
+    if args.groups:
+        files = split_groups(args)
+        ratio = num_tokens(files["groups-train"], args) / num_tokens(files["one-pair"], args)
+        data = {"dataset_name": files["groups-train"], "eval_dataset_name": files["groups-test"], "train_batch_size": 8}
+        penalty = edited_copy("length_penalty.diff", Path(args.work, "length-penalty"))
+        settings |= {"groups, all weights": (data | ALL, ROOT), "groups, LoRA": (data | LORA, ROOT)}
+        settings["groups, length penalty"] = (data | ALL, penalty)
+        pair = data | ALL | {"dataset_name": files["one-pair"], "num_train_epochs": round(ratio, 3)}
+        settings["one pair per prompt, equal tokens"] = (pair, ROOT)
+    found: dict[str, list[dict]] = {}
+    for seed in range(args.seeds):
+        for name, (options, root) in settings.items():
+            folder = f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+            if not args.only_read:
+                train(folder, options | {"seed": seed}, args, root)
+            if Path(args.work, folder, "finished.json").exists():
+                found.setdefault(name, []).append(read(Path(args.work, folder)))
+    if args.output:
+        record = {"arguments": vars(args) | {"model": Path(args.model).name, "work": None}, "runs": found}
+        Path(args.output).write_text(json.dumps(record, indent=1, default=str) + "\n")
+    for name, runs in found.items():
+        print(f"\n{name}, {len(runs)} seeds")
+        for key in runs[0]:
+            values = [run[key] for run in runs]
+            if key == "interval":
+                print(f"  {'95% interval (prompts), first seed':36} {values[0][0]:.3f} to {values[0][1]:.3f}")
+            else:
+                print(f"  {key:36} {interval(values) if len(values) > 1 else f'{statistics.mean(values):.4f}'}")
+
+
+if __name__ == "__main__":
+    main()
