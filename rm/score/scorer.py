@@ -22,8 +22,9 @@ from rm.config.section import fields_of
 from rm.data.example import SIDES, Encoding, Example, RowError, make_example, stored_messages, template_variables
 from rm.data.layouts import NUMBERS, TOKEN_COLUMNS, read_group, read_token_group, read_tokens
 from rm.data.tokenize import Tree, encode_examples, is_blank, make_tree, truncate_left
+from rm.data.tokenizer import load_tokenizer
 from rm.forward import choose_layout
-from rm.model.load import load_saved_model, load_tokenizer
+from rm.model.load import load_saved_model
 from rm.model.reward_model import cast_weights, is_half_precision, max_positions, set_tf32, unwrapped
 from rm.model.saved import conversations_from_text, read_scale, recorded_config
 from rm.score.rewards import TreeList, score_prompts
