@@ -187,6 +187,11 @@ def content_text(content: str | list[dict] | None) -> str:
     return "\n".join(part["text"] for part in content) if type(content) is list else content or ""
 
 
+def in_parts(message: dict) -> dict:
+    text = message.get("content")
+    return message | {"content": [{"type": "text", "text": text}]} if type(text) is str else message
+
+
 def without_parts(message: dict) -> dict:
     return message | {"content": content_text(message["content"])} if type(message.get("content")) is list else message
 

@@ -26,7 +26,7 @@ from rm.data.example import (
 from rm.data.layouts import DATA_LAYOUTS, LABELS, read_pair
 from rm.data.load import Source
 from rm.data.prompt import INSTRUCTION, PROMPTS, Row, field_of, find_prompt, is_text, text_columns
-from rm.data.tokenize import begins_rendered
+from rm.data.tokenize import is_rendered
 
 logger = logging.getLogger(__name__)
 
@@ -186,13 +186,13 @@ def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversat
         without_lists = "implicit_prompt" if example.prompt is None else "explicit_prompt"
         name = without_lists if is_pair else "lists"
     encoding = replace(encoding, format="tokenized" if example.kind == "tokens" else f"{example.kind}_{name}")
-    if text_as_conversation and example.kind == "text" and example.prompt is not None:
-        encoding = replace(encoding, format="conversation_from_text", text_as_conversation=True)
-        if tokenizer.chat_template and begins_rendered(example.prompt, tokenizer):
-            logger.warning("%s: prompts are rendered twice; text_as_conversation=false keeps them text", source.name)
-    elif tokenizer.chat_template and example.prompt and encoding.kind == "text" and config.text_as_conversation is None:
-        if not begins_rendered(example.prompt, tokenizer):
+    if example.kind == "text" and example.prompt is not None and not is_rendered(example.prompt, tokenizer):
+        if text_as_conversation:
+            encoding = replace(encoding, format="conversation_from_text", text_as_conversation=True)
+        elif tokenizer.chat_template and config.text_as_conversation is None:
             logger.info("%s stays text; text_as_conversation=true would apply the chat template to it", source.name)
+    elif text_as_conversation and example.kind == "text" and example.prompt is not None:
+        logger.info("%s stays text: its prompts are rendered already", source.name)
     if config.text_as_conversation and encoding.format == "text_implicit_prompt":
         fix = "give the prompts in a column of their own, or set text_as_conversation to false"
         raise InputError(f"{source.name}: text without a column 'prompt' cannot be made a conversation; {fix}")

@@ -1,14 +1,15 @@
 """Examples to texts to token ids, for training, evaluation and scoring: chat template, sequences, trees, truncation."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rm.data.example import Encoding, Example, RowError, content_text, without_parts
+from rm.data.example import Encoding, Example, RowError, content_text, in_parts, without_parts
 from rm.data.load import one_line
 
 
@@ -100,47 +101,72 @@ def render(example: Example, tokenizer: Any) -> tuple[list[str], bool]:
         fix = "set chat_template_path, or give the data as text"
         raise RowError(f"conversations need a chat template, the tokenizer has none; {fix}")
     conversations = [(example.prompt or []) + answer for answer in example.answers]
-    if not read_template(tokenizer, str(tokenizer.chat_template))[3]:
-        conversations = [list(map(without_parts, messages)) for messages in conversations]
+    template = _read_template(tokenizer, str(tokenizer.chat_template))
+    if not template.reads_parts or not template.reads_text:
+        in_form = in_parts if template.reads_parts else without_parts
+        conversations = [list(map(in_form, messages)) for messages in conversations]
     try:
         return tokenizer.apply_chat_template(conversations, tokenize=False, **example.variables), True
     except Exception as error:  # Jinja's errors, and any that a template causes in Python
         raise RowError(f"the chat template rejects the messages: {one_line(error)}") from None
 
 
+class Template(NamedTuple):
+    """What a chat template writes, and which contents of messages it reads."""
+
+    writes_bos: bool
+    starts: tuple[str, ...]  # the first line behind BOS, without and with a system message
+    end: str  # behind the last message
+    reads_text: bool
+    reads_parts: bool  # lists of {"type": "text", "text": ...}
+
+
 def _find_rendered(texts: list[str], tokenizer: Any) -> tuple[list[str], bool]:
-    """(texts, whether they begin and end as the chat template does; then with BOS where it writes BOS)."""
+    """(texts, whether they begin as the chat template does; then with its BOS, or none, and with its end)."""
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
-    if tokenizer.chat_template:
-        has_bos, _, end, _ = read_template(tokenizer, str(tokenizer.chat_template))
-        if all(begins_rendered(text, tokenizer) and text.rstrip().endswith(end) for text in texts):
-            return [bos * has_bos + text.removeprefix(bos) for text in texts], True
+    if all(begins_rendered(text, tokenizer) for text in texts):
+        template = _read_template(tokenizer, str(tokenizer.chat_template))
+        return [bos * template.writes_bos + _with_end(text.removeprefix(bos), template.end) for text in texts], True
     return [text.rstrip() if eos and text.rstrip().endswith(eos) else text for text in texts], False
+
+
+def _with_end(text: str, end: str) -> str:
+    """A rendered text with the end of its template once, also where white space differs."""
+    if text.endswith(end):
+        return text
+    return text.rstrip() + end[len(end.rstrip()) :] if text.rstrip().endswith(end.strip()) else text + end
 
 
 def begins_rendered(text: str, tokenizer: Any) -> bool:
     """Whether a text begins as the tokenizer's chat template does."""
-    starts = read_template(tokenizer, str(tokenizer.chat_template))[1]
+    starts = _read_template(tokenizer, str(tokenizer.chat_template)).starts
     return text.removeprefix(tokenizer.bos_token or "").lstrip().startswith(starts)
 
 
+def is_rendered(prompt: str, tokenizer: Any) -> bool:
+    """Whether a prompt of text has special tokens already: it begins with BOS, or as the chat template does."""
+    return prompt.startswith(tokenizer.bos_token or "\0") or begins_rendered(prompt, tokenizer)
+
+
 @lru_cache(maxsize=8)
-def read_template(tokenizer: Any, template: str) -> tuple[bool, tuple[str, ...], str, bool]:
-    """(whether the tokenizer's `template` writes BOS, how it begins behind it, how it ends, whether it reads parts)."""
+def _read_template(tokenizer: Any, template: str) -> Template:
+    """The tokenizer's `template`, by what it makes of a short conversation."""
     mark, other, bos = "mark-7261", "other-7261", tokenizer.bos_token or ""
 
-    def rendered(content: Any, *roles: str) -> str:
-        try:
-            return tokenizer.apply_chat_template([{"role": r, "content": content} for r in roles], tokenize=False)
-        except Exception:  # it rejects a role or a list, or cannot be used
-            return ""
+    def rendered(content: Any) -> list[str]:
+        texts = []
+        for roles in (("user", "assistant"), ("system", "user", "assistant")):
+            messages = [{"role": role, "content": content} for role in roles]
+            with contextlib.suppress(Exception):  # it rejects a role or a list, or cannot be used
+                texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+        return [text for text in texts if mark in text]
 
-    plain, with_system = (rendered(mark, *roles, "user", "assistant") for roles in ([], ["system"]))
-    parts = rendered([{"type": "text", "text": mark, "other": other}], "user", "assistant")
-    begins = [text.removeprefix(bos).partition(mark)[0].strip() for text in (plain, with_system) if mark in text]
+    texts, lists = rendered(mark), rendered([{"type": "text", "text": mark, "other": other}])
+    lists = [text for text in lists if other not in text]  # a list that is printed is not read
+    plain = (texts or lists or [""])[0]
+    begins = [text.removeprefix(bos).partition(mark)[0].strip() for text in texts or lists]
     starts = filter(None, [begin.partition("\n")[0] for begin in begins])  # further lines may hold a date
-    end = plain.rpartition(mark)[2].strip()
-    return plain.startswith(bos), tuple(starts), end, mark in parts and other not in parts
+    return Template(plain.startswith(bos), tuple(starts), plain.rpartition(mark)[2], bool(texts), bool(lists))
 
 
 def is_blank(answer: Any) -> bool:

@@ -21,7 +21,7 @@ from rm.config.options import QuantizationOptions, TokenOptions
 from rm.config.section import fields_of
 from rm.data.example import SIDES, Encoding, Example, RowError, make_example, stored_messages, template_variables
 from rm.data.layouts import NUMBERS, TOKEN_COLUMNS, read_group, read_token_group, read_tokens
-from rm.data.tokenize import Tree, encode_examples, is_blank, make_tree, truncate_left
+from rm.data.tokenize import Tree, encode_examples, is_blank, is_rendered, make_tree, truncate_left
 from rm.data.tokenizer import load_tokenizer
 from rm.forward import choose_layout
 from rm.model.load import load_saved_model
@@ -142,9 +142,11 @@ def form_of(record: Any) -> tuple[tuple[str, ...], str]:
     raise RowError("nothing to score; give text, messages, prompt and response or responses, or chosen and rejected")
 
 
-def read_input(record: Any, encoding: Encoding) -> Example:
-    """The example of an input, without labels. Raises `RowError`."""
+def read_input(record: Any, encoding: Encoding, tokenizer: Any) -> Example:
+    """The example of an input, without labels. A rendered prompt stays text. Raises `RowError`."""
     keys, group = form_of(record)
+    if type(record.get("prompt")) is str and is_rendered(record["prompt"], tokenizer):
+        encoding = replace(encoding, text_as_conversation=False)
     if keys == ("messages",):
         record = record | {"messages": stored_messages(record["messages"])}
     for key in {"responses", "messages"} & set(keys):
@@ -176,7 +178,7 @@ def encode_inputs(records: Sequence[Any], tokenizer: Any, encoding: Encoding) ->
     examples: list[Example | RowError] = []
     for record in records:
         try:
-            examples.append(record if isinstance(record, RowError) else read_input(record, encoding))
+            examples.append(record if isinstance(record, RowError) else read_input(record, encoding, tokenizer))
         except RowError as error:
             examples.append(error)
     encoded = zip(examples, encode_examples(examples, tokenizer, encoding), strict=True)
