@@ -84,11 +84,11 @@ def fingerprint(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def audit_table(train: Any, test: Any) -> Table:
-    """The counts of two `PreferenceData` as a rich table with one column per split. If a split has several sets, each
-    set has a column too. Rows that are 0 everywhere are left out."""
+def audit_table(train: Any, test: Any = None) -> Table:
+    """The counts of one or two `PreferenceData` as a rich table with one column per split. If a split has several sets,
+    each set has a column too. Rows that are 0 everywhere are left out."""
     audits = {}
-    for split, data in (("train", train), ("test", test)):
+    for split, data in (("train", train), *([("test", test)] if test else [])):
         audits |= {f"{split}/{name}": part.audit for name, part in data.sets.items() if data.are_several}
         audits[split] = data.audit
     table = Table("count", title="Data audit", title_justify="left")

@@ -87,6 +87,9 @@ def make_example(prompt: Any, answers: dict[str, Any], text_as_conversation: boo
     expect(prompt, (str, list, type(None)), "'prompt'", "text or messages")
     for name, answer in answers.items():
         expect(answer, (str, list, dict), repr(name), "text or messages")
+        if type(answer) is dict and not {"role", "from"} & answer.keys():
+            fields = ", ".join(f"{name}.{key}" for key in without_none(answer))
+            raise RowError(f"{name!r} is an object, but no message; name one of its fields by an option: {fields}")
     texts = [name for name, answer in answers.items() if type(answer) is str]
     others = [name for name in answers if name not in texts]
     if text_as_conversation and type(prompt) is str and not others:

@@ -148,23 +148,28 @@ def _prepared(place: Path | str, config: str | None) -> tuple[datasets.DatasetBu
     if os.path.isfile(path):
         options = {"data_files": {"train": path}}
         path = BUILDERS[_extension(place)]
-        if path == "csv":  # as they are: pandas would read "NA" as null and "007" as 7
-            options["converters"] = dict.fromkeys(("prompt", "chosen", "rejected", "id", "subset"), str)
-            options["keep_default_na"] = False
-            with gzip.open(place) if place.suffix == ".gz" else open(place, "rb") as stream:
-                header = stream.readline()
-            separator = "semicolons" if b";" in header else "tabs" if b"\t" in header else None
-            if separator and b"," not in header:
-                fix = "separate them by commas: pandas.read_csv(file, sep=None).to_csv(file, index=False)"
-                raise InputError(f"{place}: the columns are separated by {separator}; {fix}")
     builder = datasets.load_dataset_builder(path, config, **options)
     if isinstance(place, Path):
-        splits = [[str(split), *map(_hash_file, files)] for split, files in builder.config.data_files.items()]
+        files = builder.config.data_files
+        if builder.name == "csv":  # as they are: pandas would read "NA" as null and "007" as 7
+            options["converters"] = dict.fromkeys(("prompt", "chosen", "rejected", "id", "subset"), str)
+            options["keep_default_na"] = False
+            _check_separator(place, next(iter(files.values()))[0])
+        splits = [[str(split), *map(_hash_file, of_split)] for split, of_split in files.items()]
         content = xxhash.xxh3_128_hexdigest(json.dumps(splits).encode())
         options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, "content", content))
         builder = datasets.load_dataset_builder(path, config, **options)
     builder.download_and_prepare()
     return builder, content
+
+
+def _check_separator(place: Path, file: str) -> None:
+    with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as stream:
+        header = stream.readline()
+    separator = "semicolons" if b";" in header else "tabs" if b"\t" in header else None
+    if separator and b"," not in header:
+        fix = "separate them by commas: pandas.read_csv(file, sep=None).to_csv(file, index=False)"
+        raise InputError(f"{place}: the columns are separated by {separator}; {fix}")
 
 
 def _plain_path(path: Path) -> Path:

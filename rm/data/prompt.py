@@ -116,7 +116,8 @@ def find_prompt(name: str, rows: Sequence[Row], examples: Sequence[Example], use
     fix = "prompt_column= (empty) if the answers contain all, or there is no prompt"
     if "prompt" in first and "prompt" not in used:
         return {"prompt": "prompt"}
-    bare = [(row, e) for row, e in zip(rows, examples, strict=True) if e.answers and not _has_prompt(e)]
+    pairs = [(row, e) for row, e in zip(rows, examples, strict=True) if e.answers and e.prompt is None]
+    bare = [(row, e) for row, e in pairs if e.kind == "text" or e.answers[0][0]["role"] == "assistant"]
     if 2 * len(bare) <= len(rows):
         return {}
     texts = text_columns(first, used)
@@ -139,12 +140,6 @@ def find_prompt(name: str, rows: Sequence[Row], examples: Sequence[Example], use
 def _is_mostly(values: Iterable[bool]) -> bool:
     values = list(values)
     return 2 * sum(values) > len(values)
-
-
-def _has_prompt(example: Example) -> bool:
-    """Whether an example has a prompt, or its answers are whole conversations."""
-    is_whole = example.kind == "conversation" and example.answers[0][0]["role"] != "assistant"
-    return example.prompt is not None or is_whole
 
 
 def _lacks(example: Example, value: Any) -> bool:

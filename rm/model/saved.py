@@ -1,5 +1,6 @@
 """What a run recorded beside its model: options, results, and the scale of its rewards."""
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from rm.config.cli import make_config, read_yaml
 from rm.config.errors import InputError
 from rm.config.files import read_json
 from rm.config.options import RewardConfig
-from rm.data.formats import ROLES
+from rm.data.formats import COLUMN_OPTIONS
 from rm.data.tokenizer import check_folder
+
+logger = logging.getLogger(__name__)
 
 SCALE = ("reward_mean", "reward_std", "reward_answers")  # keys in config.json, and of "normalization" in results.json
 
@@ -28,7 +31,11 @@ def recorded_config(name: str, given: Mapping[str, Any]) -> RewardConfig:
     unset = ["chat_template_path", "model_revision"]  # saved with the tokenizer; the run's is that of its base
     if given.keys() & {"dataset_name", "eval_dataset_name"}:
         unset += "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights".split()
-        unset += ["max_eval_samples", *(f"{role}_column" for role in ROLES)]
+        columns = [*COLUMN_OPTIONS, "margin_from_scores"]
+        lost = [f"{name}={recorded[name]}" for name in columns if recorded.get(name) and name not in given]
+        if lost and given.get("dataset_name") != "toy":  # which stands for no data
+            logger.info(f"of the data of the run, not of these: {', '.join(lost)}; give them again if they hold here")
+        unset += ["max_eval_samples", *columns]
     if not torch.accelerator.is_available():
         unset += ["attn_implementation", "tf32"]  # the run may have had one
     recorded = {option: value for option, value in recorded.items() if option not in unset}
