@@ -54,19 +54,15 @@ def quantiles_of(data: PreferenceData, unit: str) -> pd.DataFrame:
     numbers |= {f"{unit} of {side}": frame[f"length_{side}"] for side in ("chosen", "rejected")}
     numbers |= {f"{unit} that the answers of a prompt share": prefix, "answers of a prompt": data.num_answers}
     numbers |= {"comparisons of a prompt": frame.groupby("index").size()}
-    numbers |= {name: frame[name] for name in COMPARISON_COLUMNS if frame[name].nunique() > 1}
+    numbers |= {
+        name: frame[name]
+        for name, column in COMPARISON_COLUMNS.items()
+        if (frame[name].dropna() != column.default).any()
+    }
     described = {
         name: pd.Series(values).describe([0.05, 0.25, 0.5, 0.75, 0.95, 0.99]) for name, values in numbers.items()
     }
     return pd.DataFrame(described).T.drop(columns="std")
-
-
-def histogram(values: pd.Series) -> str:
-    """Counts in ten intervals of equal width, a line each."""
-    counts = values.value_counts(bins=10, sort=False)
-    return pd.DataFrame(
-        {"count": counts, "": ["#" * n + " " * (40 - n) for n in counts * 40 // counts.max()]}
-    ).to_string()
 
 
 def tokens_of(data: PreferenceData, i: int) -> Text:
@@ -100,12 +96,14 @@ def main(argv: list[str]) -> None:
     console.print(audit_table(*sets), soft_wrap=False)
     for split, data in zip(("train", "test"), sets, strict=False):
         console.print(f"\n{split}: {len(data):,} prompts")
-        console.print(quantiles_of(data, unit).to_string(float_format="{:,.4g}".format))
+        console.print(quantiles_of(data, unit).to_string(float_format="{:,.6g}".format))
         prefix, length = flat(data.dataset, "prefix_length"), data.answers["length"].sum()
         shared, repeated = (prefix * data.num_answers).sum(), (prefix * (data.num_answers - 1)).sum()
         console.print(f"{shared / length:.1%} of the {unit} are shared; trees compute {1 - repeated / length:.1%}")
+        counts = data.comparisons["margin"].value_counts(bins=10, sort=False)  # a histogram
+        bars = ["#" * count + " " * (40 - count) for count in counts * 40 // counts.max()]
         if data.comparisons["margin"].any():
-            console.print(f"\n{split}: margins", histogram(data.comparisons["margin"]), sep="\n")
+            console.print(f"\n{split}: margins", pd.DataFrame({"count": counts, "": bars}).to_string(), sep="\n")
         console.print(*(tokens_of(data, int(i)) for i in data.first_of_each(own.rows)), sep="\n")
 
 

@@ -35,6 +35,7 @@ SAMPLE = 50  # first rows, which show whether the prompt is missing or repeated
 ROLES = ("prompt", "system", "chosen", "rejected", "responses", "scores", "ranks", "preference")  # options: ROLE_column
 COLUMN_OPTIONS = [f"{role}_column" for role in ROLES] + [c.option for c in COMPARISON_COLUMNS.values() if c.option]
 IMAGES = ("image", "images", "video", "videos", "audio", "audios")
+NO_COLUMN = "there is no such column; there are"
 NO_IMAGES = "images, audio or video: only text is read; docs/data.md shows how to leave out such rows"
 OTHERS = ("id", "subset", "tools", "chat_template_kwargs", *IMAGES)  # columns that every layout may have
 ONE_ANSWER = {"completion", "response", "output", "answer", "messages"}  # with a label of its own
@@ -71,7 +72,7 @@ def find_layout(source: str, row: Row, config: Any) -> tuple[str, dict[str, str]
         if fits and (not is_sorted or name == "ranked_output"):
             found.append((sum(layout.columns.get(role) != c for role, c in roles.items()), name, roles))
     if not found:
-        raise InputError(f"{source}: {_other_kind(row) or _unknown_layout(row, given)}")
+        raise InputError(f"{source}: {_unknown_layout(row, given)}")
     matches = {}  # by the columns of the answers
     for changes, name, roles in found:
         if changes == min(found)[0]:
@@ -88,7 +89,7 @@ def find_layout(source: str, row: Row, config: Any) -> tuple[str, dict[str, str]
     roles = more | roles | {role: given[role] for role in ("prompt", "system") if role in given}
     for role in given:
         if not has_field(row, roles[role]):
-            raise InputError(f"{source}: {_no_column(f'{role}_column={roles[role]}', row)}")
+            raise InputError(f"{source}: {role}_column={roles[role]}: {NO_COLUMN} {', '.join(sorted(row))}")
     if config.prompt_column == "":
         roles.pop("prompt", None)
     return name, roles
@@ -102,26 +103,17 @@ def has_field(row: Row, path: str) -> bool:
     return True
 
 
-def _other_kind(row: Row) -> str | None:
-    """What data of no layout are, if it is known."""
-    if row.keys() & ONE_ANSWER and row.keys() & ONE_LABEL:
+def _unknown_layout(row: Row, given: dict[str, str]) -> str:
+    """What data of no known layout are; or their columns with types, and the options to map them."""
+    if row.keys() & ONE_ANSWER and row.keys() & ONE_LABEL and not given:
         return "unpaired labels (KTO): each row has one answer; docs/data.md shows how to make pairs of them"
     talk = row.get("conversations") or row.get("messages")
     last = talk[-1] if type(talk) is list and type(talk[-1]) is dict else {}
     if last.get("content", last.get("value")) in ("A", "B", "[[A]]", "[[B]]"):
         return "judge prompts: both answers are in one prompt; docs/data.md shows how to separate them"
-    return None
-
-
-def _no_column(option: str, row: Row) -> str:
-    return f"{option}: there is no such column; there are {', '.join(sorted(row))}"
-
-
-def _unknown_layout(row: Row, given: dict[str, str]) -> str:
-    """The columns with their types, and the options to map them."""
     for role, column in given.items():
         if not any(has_field(row, name) for name in (column, *(f"{top}.{column}" for top in row))):
-            return _no_column(f"{role}_column={column}", row)
+            return f"{role}_column={column}: {NO_COLUMN} {', '.join(sorted(row))}"
     texts = text_columns(row)
     lists = {c: value[0] for c, value in row.items() if type(value) is list and value and c not in texts}
     lists |= {f"{c}.{name}": value for c, v in lists.items() if type(v) is dict for name, value in v.items()}

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from rm.data.audit import DROPPED, NOTED
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
@@ -15,10 +16,7 @@ Row = dict[str, Any]  # a row of the token cache, see `rm.data.cache`
 
 def same_prompt(prompts: Sequence[int]) -> list[list[int]]:
     """The rows of each prompt, in order of first appearance. `prompts`: the hash of the prompt of each row."""
-    rows: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
-    return list(rows.values())
+    return pd.Series(range(len(prompts))).groupby(np.asarray(prompts), sort=False).agg(list).tolist()
 
 
 def merge_rows(rows: Sequence[Row]) -> Row:

@@ -115,7 +115,9 @@ def load_source(
             dataset = builder.as_dataset(split=split)
             content = content or dataset._fingerprint
             if path.exists():
-                files = [str(path)] if path.is_file() else list(map(_target, builder.config.data_files.get(split, ())))
+                links = str(Path(datasets.config.HF_DATASETS_CACHE, "links"))  # of `_plain_path`
+                files = [os.readlink(f) if f.startswith(links) else f for f in builder.config.data_files.get(split, ())]
+                files = [str(path)] if path.is_file() else files
     except InputError:
         raise
     except Exception as error:  # dozens of types: Arrow's, pandas', gzip's, Unicode's, the hub's
@@ -154,22 +156,19 @@ def _prepared(place: Path | str, config: str | None) -> tuple[datasets.DatasetBu
         if builder.name == "csv":  # as they are: pandas would read "NA" as null and "007" as 7
             options["converters"] = dict.fromkeys(("prompt", "chosen", "rejected", "id", "subset"), str)
             options["keep_default_na"] = False
-            _check_separator(place, next(iter(files.values()))[0])
+            file = next(iter(files.values()))[0]
+            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as stream:
+                header = stream.readline()
+            separator = "semicolons" if b";" in header else "tabs" if b"\t" in header else None
+            if separator and b"," not in header:
+                fix = "separate them by commas: pandas.read_csv(file, sep=None).to_csv(file, index=False)"
+                raise InputError(f"{place}: the columns are separated by {separator}; {fix}")
         splits = [[str(split), *map(_hash_file, of_split)] for split, of_split in files.items()]
         content = xxhash.xxh3_128_hexdigest(json.dumps(splits).encode())
         options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, "content", content))
         builder = datasets.load_dataset_builder(path, config, **options)
     builder.download_and_prepare()
     return builder, content
-
-
-def _check_separator(place: Path, file: str) -> None:
-    with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as stream:
-        header = stream.readline()
-    separator = "semicolons" if b";" in header else "tabs" if b"\t" in header else None
-    if separator and b"," not in header:
-        fix = "separate them by commas: pandas.read_csv(file, sep=None).to_csv(file, index=False)"
-        raise InputError(f"{place}: the columns are separated by {separator}; {fix}")
 
 
 def _plain_path(path: Path) -> Path:
@@ -186,11 +185,6 @@ def _plain_path(path: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             (folder / link).symlink_to(target)
     return folder if path.is_dir() else folder / name
-
-
-def _target(file: str) -> str:
-    """The file itself, where `file` is a link of `_plain_path`."""
-    return os.readlink(file) if file.startswith(str(Path(datasets.config.HF_DATASETS_CACHE, "links"))) else file
 
 
 def _hash_file(file: str | Path) -> str:

@@ -78,14 +78,10 @@ def _token_ids(texts: list[str], tokenizer: Any, add_special_tokens: bool, add_e
     except Exception as error:  # half of a surrogate pair, for example
         raise RowError(f"the tokenizer cannot read the text: {one_line(error)}") from None
     end = [tokenizer.eos_token_id]
-    found = [_without_second(ids, added) for ids in found] if add_special_tokens and added else found
+    if add_special_tokens and added:  # not twice, where a text has them already
+        found = [ids[1:] if ids[:2] == [added[0]] * 2 else ids for ids in found]
+        found = [ids[:-1] if ids[-2:] == [added[-1]] * 2 else ids for ids in found]
     return [np.array(ids + end if add_eos and ids and ids[-1:] != end else ids, np.int32) for ids in found]
-
-
-def _without_second(ids: list[int], added: list[int]) -> list[int]:
-    """The token ids without the first or last one where the tokenizer has `added` it to a text that had it."""
-    ids = ids[1:] if ids[:2] == [added[0]] * 2 else ids
-    return ids[:-1] if ids[-2:] == [added[-1]] * 2 else ids
 
 
 def render(example: Example, tokenizer: Any) -> tuple[list[str], bool]:
@@ -126,15 +122,10 @@ def _find_rendered(texts: list[str], tokenizer: Any) -> tuple[list[str], bool]:
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
     if all(begins_rendered(text, tokenizer) for text in texts):
         template = _read_template(tokenizer, str(tokenizer.chat_template))
-        return [bos * template.writes_bos + _with_end(text.removeprefix(bos), template.end) for text in texts], True
+        texts = [bos * template.writes_bos + text.removeprefix(bos).rstrip() for text in texts]
+        space = template.end[len(template.end.rstrip()) :]
+        return [text + (space if text.endswith(template.end.strip()) else template.end) for text in texts], True
     return [text.rstrip() if eos and text.rstrip().endswith(eos) else text for text in texts], False
-
-
-def _with_end(text: str, end: str) -> str:
-    """A rendered text with the end of its template once, also where white space differs."""
-    if text.endswith(end):
-        return text
-    return text.rstrip() + end[len(end.rstrip()) :] if text.rstrip().endswith(end.strip()) else text + end
 
 
 def begins_rendered(text: str, tokenizer: Any) -> bool:

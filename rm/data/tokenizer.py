@@ -101,6 +101,9 @@ def loading(message: str) -> Iterator[None]:
         elif "Unrecognized configuration class" in str(error):
             kind = str(error).partition("'")[2].partition("'")[0].rpartition(".")[2].removesuffix("Config")
             reason = f"transformers has no sequence classifier for the architecture {kind}; give another model"
+        elif "does not recognize this architecture" in str(error):
+            kind = str(error).partition("`")[2].partition("`")[0]
+            reason = f"the installed transformers does not know the architecture {kind}; update it"
         elif "trust_remote_code" in str(error):
             reason = "it needs code of its own, which was not run; read it, then allow it with trust_remote_code=true"
         raise InputError(f"{message}: {reason}") from error
