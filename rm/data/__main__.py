@@ -25,6 +25,7 @@ from rm.data.tokenizer import load_tokenizer
 
 ACCEPTS = (*fields_of(DataOptions), "model_name_or_path", "model_revision", "trust_remote_code", "chat_template_path")
 ACCEPTS += ("seed",)  # of eval_fraction
+QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
 CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"  # where no model is given
 
 
@@ -54,14 +55,8 @@ def quantiles_of(data: PreferenceData, unit: str) -> pd.DataFrame:
     numbers |= {f"{unit} of {side}": frame[f"length_{side}"] for side in ("chosen", "rejected")}
     numbers |= {f"{unit} that the answers of a prompt share": prefix, "answers of a prompt": data.num_answers}
     numbers |= {"comparisons of a prompt": frame.groupby("index").size()}
-    numbers |= {
-        name: frame[name]
-        for name, column in COMPARISON_COLUMNS.items()
-        if (frame[name].dropna() != column.default).any()
-    }
-    described = {
-        name: pd.Series(values).describe([0.05, 0.25, 0.5, 0.75, 0.95, 0.99]) for name, values in numbers.items()
-    }
+    numbers |= {name: frame[name] for name in COMPARISON_COLUMNS if frame[name].nunique() > 1}
+    described = {name: pd.Series(values).describe(QUANTILES) for name, values in numbers.items()}
     return pd.DataFrame(described).T.drop(columns="std")
 
 

@@ -1,9 +1,7 @@
 """The format of a data set: its layout, the column of each role, and the options that decide its tokens.
 
 The layout is found from the names of the columns; options such as `prompt_column` win over that. Layout and types give
-the format, which is in the log and in data_report.json; docs/data.md lists the layouts. Optional columns: those of
-`rm.data.columns`, score_chosen and score_rejected, system, id, subset; of conversations also tools and
-chat_template_kwargs.
+the format, which is in the log and in data_report.json; docs/data.md lists layouts and optional columns.
 """
 
 import itertools

@@ -287,10 +287,12 @@ RECIPES = [  # (rows, rows that the recipe makes)
     ([GOOD | {"images": ["a.png"]}, GOOD | {"images": []}], [GOOD]),
     ([{"prompt": "a ", "reference": "b", "samples": ["c", "d"]}],
      [{"prompt": "a ", "chosen": ["b"], "rejected": ["c", "d"]}]),
+    ([{"prompt": "a ", "answer_a": "b", "answer_b": "c", "winner": winner} for winner in "AB"],
+     [{"prompt": "a ", "chosen": "b", "rejected": "c"}, {"prompt": "a ", "chosen": "c", "rejected": "b"}]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(len(RECIPES)))
 def test_recipes_of_the_documentation(data_of, tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("### Recipes")[2]
