@@ -23,8 +23,7 @@ from rm.data.dataset import PreferenceData, flat
 from rm.data.mixture import load_data, load_train_data
 from rm.data.tokenizer import load_tokenizer
 
-ACCEPTS = (*fields_of(DataOptions), "model_name_or_path", "model_revision", "trust_remote_code", "chat_template_path")
-ACCEPTS += ("seed",)  # of eval_fraction
+TOKENIZER_OPTIONS = ("model_name_or_path", "model_revision", "trust_remote_code", "chat_template_path")
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
 CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"  # where no model is given
 
@@ -77,7 +76,7 @@ def tokens_of(data: PreferenceData, i: int) -> Text:
 
 def main(argv: list[str]) -> None:
     """Print what the options make of the data."""
-    own, given = parse(argv, Inspection, accepts=ACCEPTS)
+    own, given = parse(argv, Inspection, accepts=(*fields_of(DataOptions), *TOKENIZER_OPTIONS, "seed"))
     logging.getLogger("rm.data.formats").setLevel(logging.DEBUG)  # what every column is
     if "dataset_name" not in given:
         raise InputError("--dataset_name is needed: the data to inspect")

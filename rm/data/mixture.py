@@ -75,8 +75,7 @@ def _tokenize(sources: dict[str, Source], part: str, tokenizer: Any, config: Any
     """{name: `PreferenceData`} of each set; the option `text_as_conversation` overrides `as_conversation`."""
     if config.text_as_conversation is not None:
         as_conversation = config.text_as_conversation
-    parts, columns = {}, {option: getattr(config, option) for option in COLUMN_OPTIONS}
-    by_set = {option: value for option, value in columns.items() if isinstance(value, dict)}
+    parts, by_set = {}, {o: value for o in COLUMN_OPTIONS if isinstance(value := getattr(config, o), dict)}
     for name, source in sources.items():
         own = replace(config, **{option: value.get(name) for option, value in by_set.items()})
         select = partial(_select, part=part, config=config, name=source.name)

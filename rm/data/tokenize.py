@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -88,18 +88,26 @@ def render(example: Example, tokenizer: Any) -> tuple[list[str], bool]:
     """(the N texts that are tokenized of an example of kind "text" or "conversation", prompt included; whether the
     chat template has written them, with the special tokens).
 
+    Text that begins as the template does gets BOS if the template writes it, and the end of the template once.
+
     Raises:
         RowError: the tokenizer has no chat template, or it rejects the messages.
     """
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or "\0"
+    writes_bos, starts, end, reads_text, reads_parts = _read_template(tokenizer, str(tokenizer.chat_template))
     if example.kind == "text":
-        return _find_rendered([(example.prompt or "") + answer for answer in example.answers], tokenizer)
+        texts = [(example.prompt or "") + answer for answer in example.answers]
+        if not all(text.removeprefix(bos).lstrip().startswith(starts) for text in texts):
+            return [text.rstrip() if text.rstrip().endswith(eos) else text for text in texts], False
+        texts, space = [text.removeprefix(bos).rstrip() for text in texts], end[len(end.rstrip()) :]
+        ends = [space if text.endswith(end.strip()) else end for text in texts]
+        return [bos * writes_bos + text + end for text, end in zip(texts, ends, strict=True)], True
     if not tokenizer.chat_template:
         fix = "set chat_template_path, or give the data as text"
         raise RowError(f"conversations need a chat template, the tokenizer has none; {fix}")
     conversations = [(example.prompt or []) + answer for answer in example.answers]
-    template = _read_template(tokenizer, str(tokenizer.chat_template))
-    if not template.reads_parts or not template.reads_text:
-        in_form = in_parts if template.reads_parts else without_parts
+    if not reads_parts or not reads_text:
+        in_form = in_parts if reads_parts else without_parts
         conversations = [list(map(in_form, messages)) for messages in conversations]
     try:
         return tokenizer.apply_chat_template(conversations, tokenize=False, **example.variables), True
@@ -107,41 +115,16 @@ def render(example: Example, tokenizer: Any) -> tuple[list[str], bool]:
         raise RowError(f"the chat template rejects the messages: {one_line(error)}") from None
 
 
-class Template(NamedTuple):
-    """What a chat template writes, and which contents of messages it reads."""
-
-    writes_bos: bool
-    starts: tuple[str, ...]  # the first line behind BOS, without and with a system message
-    end: str  # behind the last message
-    reads_text: bool
-    reads_parts: bool  # lists of {"type": "text", "text": ...}
-
-
-def _find_rendered(texts: list[str], tokenizer: Any) -> tuple[list[str], bool]:
-    """(texts, whether they begin as the chat template does; then with its BOS, or none, and with its end)."""
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
-    if all(begins_rendered(text, tokenizer) for text in texts):
-        template = _read_template(tokenizer, str(tokenizer.chat_template))
-        texts = [bos * template.writes_bos + text.removeprefix(bos).rstrip() for text in texts]
-        space = template.end[len(template.end.rstrip()) :]
-        return [text + (space if text.endswith(template.end.strip()) else template.end) for text in texts], True
-    return [text.rstrip() if eos and text.rstrip().endswith(eos) else text for text in texts], False
-
-
-def begins_rendered(text: str, tokenizer: Any) -> bool:
-    """Whether a text begins as the tokenizer's chat template does."""
-    starts = _read_template(tokenizer, str(tokenizer.chat_template)).starts
-    return text.removeprefix(tokenizer.bos_token or "").lstrip().startswith(starts)
-
-
 def is_rendered(prompt: str, tokenizer: Any) -> bool:
     """Whether a prompt of text has special tokens already: it begins with BOS, or as the chat template does."""
-    return prompt.startswith(tokenizer.bos_token or "\0") or begins_rendered(prompt, tokenizer)
+    starts = _read_template(tokenizer, str(tokenizer.chat_template))[1]
+    return prompt.startswith(tokenizer.bos_token or "\0") or prompt.lstrip().startswith(starts)
 
 
 @lru_cache(maxsize=8)
-def _read_template(tokenizer: Any, template: str) -> Template:
-    """The tokenizer's `template`, by what it makes of a short conversation."""
+def _read_template(tokenizer: Any, template: str) -> tuple[bool, tuple[str, ...], str, bool, bool]:
+    """Of the `template`: whether it writes BOS; the first line behind it, without and with a system message;
+    what is behind the last message; whether it reads contents that are text, and contents that are lists of parts."""
     mark, other, bos = "mark-7261", "other-7261", tokenizer.bos_token or ""
 
     def rendered(content: Any) -> list[str]:
@@ -157,7 +140,7 @@ def _read_template(tokenizer: Any, template: str) -> Template:
     plain = (texts or lists or [""])[0]
     begins = [text.removeprefix(bos).partition(mark)[0].strip() for text in texts or lists]
     starts = filter(None, [begin.partition("\n")[0] for begin in begins])  # further lines may hold a date
-    return Template(plain.startswith(bos), tuple(starts), plain.rpartition(mark)[2], bool(texts), bool(lists))
+    return plain.startswith(bos), tuple(starts), plain.rpartition(mark)[2], bool(texts), bool(lists)
 
 
 def is_blank(answer: Any) -> bool:

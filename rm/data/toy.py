@@ -5,7 +5,7 @@ true rewards: P(a is better) = sigmoid(reward(a) - reward(b)). The labels are no
 possible accuracy is known: E[max(p, 1 - p)], about 0.85 here.
 
 A group has four answers to a prompt: ranked by the Plackett-Luce model of their true rewards (`plackett_luce`), or each
-two of them compared by the Bradley-Terry model (`bradley_terry`). `configs/tiny_llama` has the tokenizer of the grammar.
+two of them compared by the Bradley-Terry model (`bradley_terry`). `configs/tiny_llama` has a tokenizer of the grammar.
 """
 
 import hashlib
