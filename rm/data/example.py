@@ -77,10 +77,9 @@ class Encoding:
 def make_example(prompt: Any, answers: dict[str, Any], text_as_conversation: bool = False) -> Example:
     """The example of a prompt (text, messages, None) and its answers {name: text, messages or one message}.
 
-    Messages may be stored as JSON or Python text. Answers of text to a prompt of messages are messages of the
-    assistant. A prompt of text is a message of the user before messages that begin with the assistant, or with
-    `text_as_conversation`; beside whole conversations it is not used. A prompt of messages that all answers repeat is
-    there once. The names are for error messages. Raises `RowError`.
+    Messages may be stored as JSON or Python text. Answers of text to a prompt of messages are those of the assistant. A
+    prompt of text is a message of the user before an answer of the assistant, or with `text_as_conversation`; beside
+    whole conversations it is not used. A prompt that all answers repeat is there once. Raises `RowError`.
     """
     prompt, stored = stored_messages(prompt), {name: stored_messages(answer) for name, answer in answers.items()}
     answers = answers if str in map(type, stored.values()) else stored  # one answer of many may be about messages

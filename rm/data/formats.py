@@ -224,8 +224,7 @@ def _log_columns(name: str, row: Row, encoding: Encoding) -> None:
     unread = text_columns(row, used)
     for parent in dict.fromkeys(column.rpartition(".")[0] for column in used if "." in column and column not in row):
         if type(entries := field_of(row, parent)) is list and entries:  # of the fields of their entries
-            texts = [f"{parent}.{key}" for key, value in entries[0].items() if is_text(value)]
-            unread += [column for column in texts if column not in used]
+            unread += [c for key, v in entries[0].items() if is_text(v) and (c := f"{parent}.{key}") not in used]
     if unread := [c for c in unread if not any(column.startswith(f"{c}.") for column in used)]:
         logger.info("%s: text that is not read: %s", name, ", ".join(unread))
     used |= {*unread, *itertools.chain(*encoding.answer_numbers.values())}

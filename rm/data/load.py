@@ -122,8 +122,7 @@ def load_source(
         raise
     except Exception as error:  # dozens of types: Arrow's, pandas', gzip's, Unicode's, the hub's
         if not path.exists():
-            problem = f"no local file or folder, and the hub does not provide it: {one_line(error)}"
-            raise InputError(f"{name}: {problem}") from error
+            raise InputError(f"{name}: no local file or folder, and the hub has none: {one_line(error)}") from error
         for file in [path] if path.is_file() else sorted(path.rglob("*.jsonl")):
             _check_json_lines(file, name if file == path else str(file), pa.schema([]))
         raise InputError(f"{name}: cannot be read: {one_line(error)}") from error
@@ -207,8 +206,7 @@ def one_line(error: BaseException) -> str:
 def check_late_rows(source: Source, columns: set[str]) -> None:
     """Raise `InputError` for a value whose type differs from that of the first 10 MB of a file of JSON lines.
 
-    `datasets` 5.2 infers the types from that first part. Where a later part differs (one number among the strings), it
-    stores the whole part as JSON text without a warning: thousands of answers get quotes and escapes.
+    Where a later part differs (one number among the strings), `datasets` 5.2 stores it as JSON text without a warning.
     """
     fields = [field for field in source.dataset.features.arrow_schema if field.name in columns]
     schema = pa.schema([field for field in fields if "extension" not in str(field.type)])  # not type Json: any value

@@ -54,8 +54,7 @@ def load_train_data(tokenizer: Any, config: Any, test: Collection[str] = ()) -> 
 
 def load_evaluation_data(tokenizer: Any, config: Any, text_as_conversation: bool) -> PreferenceData:
     """The evaluation data alone, for a saved model. A data set's only split is always used. Raises `InputError`."""
-    sources = _sources(config, "test", accept_only_split=True)
-    return concatenate(_tokenize(sources, "test", tokenizer, config, text_as_conversation))
+    return concatenate(_tokenize(_sources(config, "test", True), "test", tokenizer, config, text_as_conversation))
 
 
 def _sources(config: Any, part: str, accept_only_split: bool = False) -> dict[str, Source]:

@@ -30,12 +30,12 @@ def recorded_config(name: str, given: Mapping[str, Any]) -> RewardConfig:
     recorded = read_yaml(file) if file.is_file() else {}
     unset = ["chat_template_path", "model_revision"]  # saved with the tokenizer; the run's is that of its base
     if given.keys() & {"dataset_name", "eval_dataset_name"}:
-        unset += "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights".split()
         columns = [*COLUMN_OPTIONS, "margin_from_scores"]
         lost = [f"{name}={recorded[name]}" for name in columns if recorded.get(name) and name not in given]
         if lost and given.get("dataset_name") != "toy":  # which stands for no data
             logger.info(f"of the data of the run, not of these: {', '.join(lost)}; give them again if they hold here")
-        unset += ["max_eval_samples", *columns]
+        names = "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights max_eval_samples"
+        unset += [*names.split(), *columns]
     if not torch.accelerator.is_available():
         unset += ["attn_implementation", "tf32"]  # the run may have had one
     recorded = {option: value for option, value in recorded.items() if option not in unset}

@@ -79,8 +79,11 @@ class Scorer:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
         self.autocast = torch.autocast(self.device.type, half, enabled=half is not None)
         tolerance = 5e-2 if is_half_precision(self.model, config.mixed_precision, config.tf32) else 1e-4
-        trees, pad = _random_trees(self.tokenizer), self.tokenizer.pad_token_id
-        self.layout = choose_layout(config.layout, self.model, trees, pad, tolerance)
+        ordinary = set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.added_tokens_decoder)
+        vocabulary, rng = np.array(sorted(ordinary) or [self.tokenizer.pad_token_id]), np.random.default_rng(0)
+        draws = [[rng.choice(vocabulary, n) for n in (20 + i, 8, 5 + i)] for i in range(4)]
+        trees = TreeList([Tree(prefix, answers) for prefix, *answers in draws])  # on which the layout is verified
+        self.layout = choose_layout(config.layout, self.model, trees, self.tokenizer.pad_token_id, tolerance)
         self.eval_dtype = config.eval_dtype
         self.rounding = (5e-2 if self.eval_dtype else tolerance) / min(self.std, 1.0)  # of a reward, if scored again
 
@@ -117,14 +120,6 @@ class Scorer:
                 parts.append(Tree(tree.prefix, []))
             parts[-1].answers.append(answer)
         return parts
-
-
-def _random_trees(tokenizer: Any) -> TreeList:
-    """Pairs of random ordinary tokens, on which the layout is verified."""
-    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-    vocabulary, rng = np.array(sorted(ordinary) or [tokenizer.pad_token_id]), np.random.default_rng(0)
-    draws = [[rng.choice(vocabulary, n) for n in (20 + i, 8, 5 + i)] for i in range(4)]
-    return TreeList([Tree(prefix, answers) for prefix, *answers in draws])
 
 
 # ---------------------------------------------------------------- inputs to trees

@@ -255,7 +255,7 @@ def test_a_url_and_a_hub_that_is_not_reached(monkeypatch):
     with pytest.raises(InputError, match="^https://host/a.jsonl: there is no such file or folder$"):
         load_source("https://host/a.jsonl", split="train")
     monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
-    problem = "no local file or folder, and the hub does not provide it: ConnectionError: Couldn't reach the Hub"
+    problem = "no local file or folder, and the hub has none: ConnectionError: Couldn't reach the Hub"
     with pytest.raises(InputError, match=f"^someone/pairs: {problem}$"):
         load_source("someone/pairs", split="train")
 
