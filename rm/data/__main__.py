@@ -43,8 +43,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     names = ["<eos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"eos_token": "<eos>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", chat_template=CHAT)
 
 
 def quantiles_of(data: PreferenceData, unit: str) -> pd.DataFrame:

@@ -139,9 +139,8 @@ def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversat
     Raises:
         InputError: unknown columns, options that do not fit the data, or a wrong first row.
     """
-    dataset = source.dataset.with_format(None)
     try:
-        first = dataset[0]
+        first = source.dataset.with_format(None)[0]
     except UnicodeDecodeError as error:
         raise InputError(f"{source.row_name(0)}: {error}") from None
     layout, roles = find_layout(source.name, first, config)
@@ -160,8 +159,9 @@ def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversat
     if "prompt" not in roles and config.prompt_column is None and examples[0].kind != "tokens":
         used = {*encoding.roles.values(), *encoding.numbers.values(), *OTHERS}
         encoding.roles.update(find_prompt(source.name, rows, examples, used))
-    if encoding.roles.get("prompt") == "instruction":
-        encoding.roles.update({name: name for name in INSTRUCTION if name in first and name not in roles.values()})
+    if prompt := encoding.roles.get("prompt"):
+        more = INSTRUCTION if prompt == "instruction" else ["history"] * (type(first.get("history", "")) is not str)
+        encoding.roles.update({name: name for name in more if name in first and name not in encoding.roles.values()})
     rows, examples = read_sample(source, encoding)
     if examples[0].kind == "text":
         _, others = read_sample(source, replace(encoding, repeats_prompt=True))
@@ -179,10 +179,8 @@ def detect_format(source: Source, config: Any, tokenizer: Any, text_as_conversat
     if config.group_by_prompt and is_pair and example.kind == "tokens":
         fix = "give groups: input_ids as a list for each answer, with comparisons"
         raise InputError(f"{source.name}: group_by_prompt: token ids do not tell where the prompt ends; {fix}")
-    name = layout
-    if DATA_LAYOUTS[layout].read is read_pair:
-        without_lists = "implicit_prompt" if example.prompt is None else "explicit_prompt"
-        name = without_lists if is_pair else "lists"
+    of_pair = "lists" if not is_pair else "implicit_prompt" if example.prompt is None else "explicit_prompt"
+    name = of_pair if DATA_LAYOUTS[layout].read is read_pair else layout
     encoding = replace(encoding, format="tokenized" if example.kind == "tokens" else f"{example.kind}_{name}")
     if example.kind == "text" and example.prompt is not None and not is_rendered(example.prompt, tokenizer):
         if text_as_conversation:

@@ -78,8 +78,7 @@ def split_row(row: Row, max_answers: int) -> Iterator[Row]:
 def partition(num_answers: int, pairs: Sequence[tuple[int, int]], max_answers: int) -> list[list[int]]:
     """Split the answers into sorted parts of at most `max_answers`. A greedy search keeps compared `pairs` together.
 
-    Each comparison, the most frequent first, unites the sets of its two answers if they fit into a part. Then sets are
-    combined into parts where they fit, because each part computes the prompt again.
+    Each comparison, the most frequent first, unites the sets of its answers if they fit into a part; sets share parts.
     """
     set_of = [[n] for n in range(num_answers)]
     for (one, other), _ in Counter(tuple(sorted(pair)) for pair in pairs).most_common():
@@ -88,8 +87,7 @@ def partition(num_answers: int, pairs: Sequence[tuple[int, int]], max_answers: i
             for n in united:
                 set_of[n] = united
     parts: list[list[int]] = []
-    sets = {id(members): members for members in set_of}.values()
-    for members in sorted(sets, key=len, reverse=True):  # first-fit decreasing
+    for members in sorted({id(s): s for s in set_of}.values(), key=len, reverse=True):  # first-fit decreasing
         home = next((part for part in parts if len(part) + len(members) <= max_answers), None)
         home.extend(members) if home is not None else parts.append(list(members))
     return sorted(sorted(part) for part in parts)

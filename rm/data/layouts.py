@@ -53,8 +53,9 @@ def prefer(example: Example, better: int | None, encoding: Encoding) -> Example:
 
 def read_pair(row: Row, encoding: Encoding) -> Example:
     values = {encoding.roles[side]: value_of(row, side, encoding) for side in SIDES}
-    if not all(type(v) is list and v and all(type(x) is str for x in v) for v in values.values()):
+    if not any(type(v) is list and v and all(type(x) is str for x in v) for v in values.values()):
         return example_of(row, values, encoding)
+    values = {name: value if type(value) is list else [value] for name, value in values.items()}
     texts = {f"{name}[{i}]": text for name, value in values.items() for i, text in enumerate(value)}
     example = example_of(row, texts, encoding)
     right = range(len(next(iter(values.values()))))  # each right answer is compared with each wrong one
@@ -220,6 +221,7 @@ WINNER = {"model_a": 0, "model_b": 1} | dict.fromkeys(("tie", "tie (bothbad)", "
 PAIRS = {"pair": SIDES, "pair_response": ("chosen_response", "rejected_response")}
 PAIRS |= {"response_pair": ("response_chosen", "response_rejected"), "stack_pair": ("response_j", "response_k")}
 PAIRS |= {"swift_messages": ("messages", "rejected_messages"), "preferred": ("preferred", "dispreferred")}
+PAIRS |= {"swift_response": ("response", "rejected_response")}
 
 DATA_LAYOUTS = {  # name -> layout; of those that read the same columns of answers the first one is used
     **{name: DataLayout(dict(zip(SIDES, sides, strict=True)), read_pair) for name, sides in PAIRS.items()},

@@ -35,8 +35,7 @@ def load_data(tokenizer: Any, config: Any) -> tuple[PreferenceData, PreferenceDa
     as_conversation = all(part.encoding.kind == "conversation" for part in mixture.sets.values())
     evaluation = concatenate(_tokenize(test, "test", tokenizer, config, as_conversation))
     if config.text_as_conversation is None and any(p.encoding.text_as_conversation for p in evaluation.sets.values()):
-        fix = "text_as_conversation=false keeps it text"
-        logger.info("evaluation data of text is made conversations, as the training data is; %s", fix)
+        logger.info("evaluation data of text is made conversations too; text_as_conversation=false keeps it text")
     _count_in_train(mixture, evaluation)
     return mixture, evaluation
 
@@ -146,10 +145,8 @@ def _count_in_train(train: PreferenceData, test: PreferenceData) -> None:
         part.audit["in_train"] = count = int(counts[name])
         part.audit["prompt_in_train"] = int(prompt_counts[name])
         if count:
-            logger.warning(
-                "%s: %d of the %d test pairs are in the train set too; their accuracy says nothing about new data",
-                *(part.source.name, count, part.audit["kept"]),
-            )
+            seen = f"{count} of the {part.audit['kept']} test pairs are in the train set too"
+            logger.warning("%s: %s; their accuracy says nothing about new data", part.source.name, seen)
     test.audit.update(in_train=int(found.sum()), prompt_in_train=int(prompts.sum()))
 
 

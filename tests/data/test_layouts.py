@@ -47,6 +47,10 @@ LAYOUTS = {  # name of the case: (row, layout, prompt, answers, comparisons)
                              "pair", "a ", ["b", "c"], TWO),
     "alpaca with history": ({"instruction": "a", "input": "", "history": [["x", "y"]], "chosen": "b", "rejected": "c"},
                             "pair", say("x", "y", "a"), [answer("b"), answer("c")], TWO),
+    "prompt with history": ({"query": "a", "history": [["x", "y"]], "response": "b", "rejected_response": "c"},
+                            "swift_response", say("x", "y", "a"), [answer("b"), answer("c")], TWO),
+    "one chosen and several rejected": ({"prompt": "a ", "chosen": "b", "rejected": ["c", "d"]},
+                                        "pair", "a ", ["b", "c", "d"], [(0, 1), (0, 2)]),
     "sharegpt": ({"conversations": [human("a")], "chosen": {"from": "gpt", "value": "b"},
                   "rejected": {"from": "gpt", "value": "c"}}, "pair", say("a"), [answer("b"), answer("c")], TWO),
     "messages are the prompt": ({"messages": say("a"), "chosen": answer("b"), "rejected": answer("c")},
@@ -190,6 +194,13 @@ def test_a_prompt_in_an_unknown_column(data_of, caplog):
     nested = {"meta": {"topic": "x y", "by": "z"}, "chosen": "a b", "rejected": "d e"}
     with pytest.raises(InputError, match=r"meta\.topic is not read; set prompt_column=meta\.topic"):
         data_of([nested])
+    for turns in (["x y"], [{"speaker": "user", "text": "x y"}]):
+        with pytest.raises(
+            InputError, match="the answers begin differently, and dialog is not read; set prompt_column"
+        ):
+            data_of([{"dialog": turns, "chosen": "a b", "rejected": "d e", "tags": ["p", "q"]}])
+        with pytest.raises(InputError, match=r"row 1: prompt\[0\]"):  # a known name
+            data_of([{"query": turns, "chosen": "a b", "rejected": "d e"}])
     with pytest.raises(InputError, match="topic is not read; set prompt_column=topic, or prompt_column= "):
         data_of([row | {"system": "be kind"}])  # which both answers would begin with
 
