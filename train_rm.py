@@ -39,11 +39,12 @@ from rm.data.audit import audit_table, data_report
 from rm.data.dataset import PreferenceData
 from rm.data.mixture import load_data
 from rm.data.plan import StepPlan
+from rm.data.tokenizer import load_tokenizer
 from rm.evaluate.evaluator import Evaluator, evaluation_line
 from rm.forward import choose_layout, concatenated_forward
 from rm.log.trackers import RunLog, print_safely, run_and_exit
 from rm.loss import pairwise_loss, plackett_luce_loss
-from rm.model.load import check_positions, load_reward_model, load_tokenizer
+from rm.model.load import check_positions, load_reward_model
 from rm.train.checkpoint import Checkpoints
 from rm.train.finish import complete_run, finish_run
 from rm.train.optimizer import make_optimizer, make_scheduler

@@ -21,10 +21,9 @@ SPECIAL_TOKENS = ("<pad>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assi
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the grammar (other words are <unk>); it ends a message with its EOS token, <|end|>."""
-    grammar = [toy.TASKS, *toy.TASKS.values(), toy.QUESTIONS, toy.BACKGROUND, toy.USER_GREETINGS, toy.REQUESTS]
-    grammar += [toy.SYSTEM_REQUESTS, toy.BRIEF, toy.DETAILED, toy.FOLLOW_UPS, toy.ANSWER_GREETINGS, toy.OPENINGS]
-    grammar += [toy.HEDGES, [toy.REFUSAL, toy.REPETITION], toy.JOINTS, toy.CLOSINGS]
-    text = " ".join(itertools.chain(*grammar)).replace("{task}", " ").replace("{style}", " ")
+    tasks, phrases = toy.GRAMMAR["tasks"], [words for words in toy.GRAMMAR.values() if isinstance(words, list)]
+    words = itertools.chain(tasks, *tasks.values(), *phrases, toy.GRAMMAR["phrase_reward"])
+    text = " ".join(words).replace("{task}", " ").replace("{style}", " ")
     vocabulary = sorted(set(re.findall(r"\w+|[^\w\s]", text)))
     ids = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *vocabulary))}
     words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))

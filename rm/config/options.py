@@ -27,6 +27,7 @@ PLAIN_NAME: dict[str, str] = {"pattern": r"^(\.{3,}|\.{0,2}[^./\x00])[^/\x00]{0,
 Steps = Annotated[int | float, Field(ge=0), AfterValidator(_whole_or_fraction)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay", "reduce_lr_on_plateau", "greedy"]
+ColumnName = str | dict[str, str] | None  # of all data sets, or {name of the set: column}
 FOLLOW_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"]
 
@@ -80,17 +81,17 @@ class DatasetOptions(Section):
     eval_fraction: float | None = option(None, "fraction of the training split of each data set that is held out for evaluation; none: use a test split", gt=0, lt=1, excludes="eval_dataset_name")
     max_train_samples: int | None = option(None, "use the first N rows of each data set, before weights (toy: draw N); none: all", gt=0)
     max_eval_samples: int | None = option(None, "use the first N evaluation rows of each data set (toy: draw N); none: all", gt=0)
-    margin_column: str | None = option(None, "data column with the margin of each comparison; none: the column margin, if there is one", min_length=1, excludes="margin_from_scores")
-    weight_column: str | None = option(None, "data column with the weight (0 or greater) of each comparison in the loss; none: weight 1", min_length=1)
-    probability_column: str | None = option(None, "data column with the probability that the chosen answer is better (soft label); none: probability 1", min_length=1)
-    prompt_column: str | None = option(None, "data column with the prompt, text or messages, with a dot for a field (info.post); empty: there is none; none: a known name")
-    system_column: str | None = option(None, "data column with the system message; none: system or system_prompt, if there is one", min_length=1)
-    chosen_column: str | None = option(None, "data column with the better answer; none: a known name", min_length=1)
-    rejected_column: str | None = option(None, "data column with the worse answer; none: a known name", min_length=1)
-    responses_column: str | None = option(None, "data column with a list of answers, or with a dot a field of its entries (answers.text); none: a known name", min_length=1)
-    scores_column: str | None = option(None, "data column with the scores of the answers, higher is better; none: a known name", min_length=1)
-    ranks_column: str | None = option(None, "data column with the ranks of the answers, 1 is best; none: a known name", min_length=1)
-    preference_column: str | None = option(None, "data column that says which of two answers is better, in a known layout (safer_response_id); none: that of the layout", min_length=1)
+    margin_column: ColumnName = option(None, "data column with the margin of each comparison; none: the column margin, if there is one", min_length=1, excludes="margin_from_scores")
+    weight_column: ColumnName = option(None, "data column with the weight (0 or greater) of each comparison in the loss; none: weight 1", min_length=1)
+    probability_column: ColumnName = option(None, "data column with the probability that the chosen answer is better (soft label); none: probability 1", min_length=1)
+    prompt_column: ColumnName = option(None, "data column with the prompt, text or messages, with a dot for a field (info.post); empty: there is none; none: a known name")
+    system_column: ColumnName = option(None, "data column with the system message; none: system or system_prompt, if there is one", min_length=1)
+    chosen_column: ColumnName = option(None, "data column with the better answer; none: a known name", min_length=1)
+    rejected_column: ColumnName = option(None, "data column with the worse answer; none: a known name", min_length=1)
+    responses_column: ColumnName = option(None, "data column with a list of answers, or with a dot a field of its entries (answers.text); none: a known name", min_length=1)
+    scores_column: ColumnName = option(None, "data column with the scores of the answers, higher is better; none: a known name", min_length=1)
+    ranks_column: ColumnName = option(None, "data column with the ranks of the answers, 1 is best; empty: the best answer is the first; none: a known name")
+    preference_column: ColumnName = option(None, "data column that says which of two answers is better, in a known layout (safer_response_id); none: that of the layout", min_length=1)
     margin_from_scores: bool = option(False, "margin = difference of the two answers' scores (score_chosen, score_rejected; or scores)")
     equal_scores: Literal["drop", "tie"] = option("drop", "answers of a group with equal scores: drop (no comparison), or tie (a comparison with probability 0.5)")
     group_by_prompt: bool = option(False, "merge all pairs that share a prompt into one group, and compute each of its answers once; every prompt then has the same weight in the loss")

@@ -4,10 +4,12 @@ Two int64 hashes identify a comparison: that of the chosen and that of the rejec
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from rich.table import Table
 
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
@@ -15,31 +17,7 @@ from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
 DROPPED = ("over_length", "empty", "identical", "tied", "split")  # reasons to drop a comparison
 NOTED = ("truncated", "truncated_answer", "ends_with_user")  # properties of kept rows that are counted
 
-MEANING = {  # the counts, in the order of the table
-    "weight": "passes over the data set in an epoch",
-    "total": "comparisons read",
-    "over_length": "dropped: longer than max_length",
-    "empty": "dropped: a blank answer, or no tokens",
-    "identical": "dropped: chosen and rejected have the same tokens",
-    "tied": "dropped: the two answers have equal scores",
-    "split": "dropped: the two answers are in different parts of a prompt with more than max_answers",
-    "kept": "comparisons used",
-    "prompts": "prompts used, each with all its comparisons in one step",
-    "prompts_dropped": "prompts dropped: no comparison is left",
-    "drawn": "prompts in an epoch, after applying the weight",
-    "truncated": "kept, with the start of the prompt removed",
-    "truncated_answer": "kept, with the prompt and a part of an answer removed",
-    "ends_with_user": "kept, although a conversation ends with a message of the user",
-    "duplicate": "kept, although the same comparison came before",
-    "contradictory": "kept, although the same two answers also come with the opposite label",
-    "in_train": "kept, although the train set has the same two answers",
-    "prompt_in_train": "kept, although the train set has the same prompt",
-    "mean_tokens": "tokens in a sequence, mean",
-    "max_tokens": "tokens in a sequence, longest",
-    "mean_shared_prefix": "tokens that the answers of a prompt share, mean",
-    "tree_tokens": "tokens of all prompts, each answer computed once",
-    "pair_tokens": "tokens of all comparisons, each as a tree of its own with two answers",
-}
+MEANING = yaml.safe_load(Path(__file__).with_name("audit.yaml").read_text(encoding="utf-8"))  # of the counts, in order
 
 
 def audit_counts(arrays: dict[str, np.ndarray], dropped: dict[str, int]) -> dict[str, int | float]:
@@ -84,11 +62,11 @@ def fingerprint(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def audit_table(train: Any, test: Any) -> Table:
-    """The counts of two `PreferenceData` as a rich table with one column per split. If a split has several sets, each
-    set has a column too. Rows that are 0 everywhere are left out."""
+def audit_table(train: Any, test: Any = None) -> Table:
+    """The counts of one or two `PreferenceData` as a rich table with one column per split. If a split has several sets,
+    each set has a column too. Rows that are 0 everywhere are left out."""
     audits = {}
-    for split, data in (("train", train), ("test", test)):
+    for split, data in (("train", train), *([("test", test)] if test else [])):
         audits |= {f"{split}/{name}": part.audit for name, part in data.sets.items() if data.are_several}
         audits[split] = data.audit
     table = Table("count", title="Data audit", title_justify="left")

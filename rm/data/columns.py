@@ -44,7 +44,7 @@ def columns_to_read(names: Iterable[str], config: Any, source: str) -> dict[str,
     """{comparison column: data column} of those that data with the columns `names` give.
 
     Raises:
-        InputError: an option names a column that does not exist, or `margin_from_scores` contradicts a margin.
+        InputError: an option names a column that does not exist.
     """
     names, found = set(names), {}
     for name, column in COMPARISON_COLUMNS.items():
@@ -54,7 +54,4 @@ def columns_to_read(names: Iterable[str], config: Any, source: str) -> dict[str,
             raise InputError(f"{source}: {column.option}={given}: there is no such column; there are {there}")
         if given or (column.by_name and name in names):
             found[name] = given or name
-    if config.margin_from_scores and "margin" in found:
-        needs = "needs the columns score_chosen and score_rejected (or scores), and no column of margins"
-        raise InputError(f"{source}: margin_from_scores {needs}; there are {', '.join(sorted(names))}")
     return found

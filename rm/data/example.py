@@ -77,16 +77,18 @@ class Encoding:
 def make_example(prompt: Any, answers: dict[str, Any], text_as_conversation: bool = False) -> Example:
     """The example of a prompt (text, messages, None) and its answers {name: text, messages or one message}.
 
-    Messages may be stored as JSON or Python text. Answers of text to a prompt of messages are messages of the
-    assistant. A prompt of text is a message of the user before messages that begin with the assistant, or with
-    `text_as_conversation`; beside whole conversations it is not used. A prompt of messages that all answers repeat is
-    there once. The names are for error messages. Raises `RowError`.
+    Messages may be stored as JSON or Python text. Answers of text to a prompt of messages are those of the assistant. A
+    prompt of text is a message of the user before an answer of the assistant, or with `text_as_conversation`; beside
+    whole conversations it is not used. A prompt that all answers repeat is there once. Raises `RowError`.
     """
     prompt, stored = stored_messages(prompt), {name: stored_messages(answer) for name, answer in answers.items()}
     answers = answers if str in map(type, stored.values()) else stored  # one answer of many may be about messages
     expect(prompt, (str, list, type(None)), "'prompt'", "text or messages")
     for name, answer in answers.items():
         expect(answer, (str, list, dict), repr(name), "text or messages")
+        if type(answer) is dict and not {"role", "from"} & answer.keys():
+            fields = ", ".join(f"{name}.{key}" for key in without_none(answer))
+            raise RowError(f"{name!r} is an object, but no message; name one of its fields by an option: {fields}")
     texts = [name for name, answer in answers.items() if type(answer) is str]
     others = [name for name in answers if name not in texts]
     if text_as_conversation and type(prompt) is str and not others:
@@ -185,6 +187,11 @@ def check_messages(messages: list, name: str) -> list[dict]:
 def content_text(content: str | list[dict] | None) -> str:
     """A message's content as text: of a list its parts, a line each."""
     return "\n".join(part["text"] for part in content) if type(content) is list else content or ""
+
+
+def in_parts(message: dict) -> dict:
+    text = message.get("content")
+    return message | {"content": [{"type": "text", "text": text}]} if type(text) is str else message
 
 
 def without_parts(message: dict) -> dict:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from rm.data.audit import DROPPED, NOTED
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
@@ -15,10 +16,7 @@ Row = dict[str, Any]  # a row of the token cache, see `rm.data.cache`
 
 def same_prompt(prompts: Sequence[int]) -> list[list[int]]:
     """The rows of each prompt, in order of first appearance. `prompts`: the hash of the prompt of each row."""
-    rows: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
-    return list(rows.values())
+    return pd.Series(range(len(prompts))).groupby(np.asarray(prompts), sort=False).agg(list).tolist()
 
 
 def merge_rows(rows: Sequence[Row]) -> Row:
@@ -80,26 +78,16 @@ def split_row(row: Row, max_answers: int) -> Iterator[Row]:
 def partition(num_answers: int, pairs: Sequence[tuple[int, int]], max_answers: int) -> list[list[int]]:
     """Split the answers into sorted parts of at most `max_answers`. A greedy search keeps compared `pairs` together.
 
-    A set grows by the answer with the most comparisons with its members. Then sets are combined into parts where they
-    fit, because each part computes the prompt again.
+    Each comparison, the most frequent first, unites the sets of its answers if they fit into a part; sets share parts.
     """
-    links: Counter[tuple[int, int]] = Counter()
-    for chosen, rejected in pairs:
-        links[chosen, rejected] += 1
-        links[rejected, chosen] += 1
-    left, sets = set(range(num_answers)), []
-    while left:
-        members = [max(left, key=lambda n: (sum(links[n, other] for other in left), -n))]
-        left -= set(members)
-        while left and len(members) < max_answers:
-            nearest = max(left, key=lambda n: (sum(links[n, member] for member in members), -n))
-            if not any(links[nearest, member] for member in members):
-                break
-            members.append(nearest)
-            left.remove(nearest)
-        sets.append(members)
+    set_of = [[n] for n in range(num_answers)]
+    for (one, other), _ in Counter(tuple(sorted(pair)) for pair in pairs).most_common():
+        if set_of[one] is not set_of[other] and len(set_of[one]) + len(set_of[other]) <= max_answers:
+            united = set_of[one] + set_of[other]
+            for n in united:
+                set_of[n] = united
     parts: list[list[int]] = []
-    for members in sorted(sets, key=len, reverse=True):  # first-fit decreasing
+    for members in sorted({id(s): s for s in set_of}.values(), key=len, reverse=True):  # first-fit decreasing
         home = next((part for part in parts if len(part) + len(members) <= max_answers), None)
         home.extend(members) if home is not None else parts.append(list(members))
     return sorted(sorted(part) for part in parts)

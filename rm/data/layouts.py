@@ -12,17 +12,7 @@ from functools import partial
 from typing import Any
 
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
-from rm.data.example import (
-    SIDES,
-    Encoding,
-    Example,
-    RowError,
-    expect,
-    number_of,
-    numbers_of,
-    stored_ids,
-    turns_of,
-)
+from rm.data.example import SIDES, Encoding, Example, RowError, expect, number_of, numbers_of, stored_ids, turns_of
 from rm.data.prompt import Row, example_of, field_of, value_of
 
 TWO = ("a", "b")
@@ -63,8 +53,9 @@ def prefer(example: Example, better: int | None, encoding: Encoding) -> Example:
 
 def read_pair(row: Row, encoding: Encoding) -> Example:
     values = {encoding.roles[side]: value_of(row, side, encoding) for side in SIDES}
-    if not all(type(v) is list and v and all(type(x) is str for x in v) for v in values.values()):
+    if not any(type(v) is list and v and all(type(x) is str for x in v) for v in values.values()):
         return example_of(row, values, encoding)
+    values = {name: value if type(value) is list else [value] for name, value in values.items()}
     texts = {f"{name}[{i}]": text for name, value in values.items() for i, text in enumerate(value)}
     example = example_of(row, texts, encoding)
     right = range(len(next(iter(values.values()))))  # each right answer is compared with each wrong one
@@ -160,9 +151,15 @@ def read_two(row: Row, encoding: Encoding, better: Mapping[Any, int | None] | No
     """Two answers; `better` says for a value of the preference which one is better, None: a tie.
 
     Without `better` the preference is a strength: negative: the first one is better. It may be a margin or a weight.
+    Without a preference their scores decide.
     """
-    example, value = two_answers(row, encoding), value_of(row, "preference", encoding)
-    name, is_strength = encoding.roles["preference"], better is None
+    roles, value = encoding.roles, value_of(row, "preference", encoding)
+    example = example_of(row, {roles[role]: value_of(row, role, encoding) for role in TWO}, encoding)
+    if len(scores := [roles[role] for role in ("score_a", "score_b") if role in roles]) == 2:
+        example.columns["score"] = [number_of(field_of(row, c), c, ANSWER_COLUMNS["score"]) for c in scores]
+    if "preference" not in roles:
+        return compare_scores(example, encoding)
+    name, is_strength = roles["preference"], better is None
     if better is None:
         value = number_of(value, name, COMPARISON_COLUMNS["margin"])
         better = {value: int(value > 0) if value else None}
@@ -172,18 +169,6 @@ def read_two(row: Row, encoding: Encoding, better: Mapping[Any, int | None] | No
     for column in (column for column, data_column in encoding.numbers.items() if is_strength and data_column == name):
         example.columns[column] = [abs(value)] * len(example.comparisons)
     return example
-
-
-def two_answers(row: Row, encoding: Encoding) -> Example:
-    return example_of(row, {encoding.roles[role]: value_of(row, role, encoding) for role in TWO}, encoding)
-
-
-def read_two_scores(row: Row, encoding: Encoding) -> Example:
-    """WebGPT: a score for each of two answers."""
-    example, column = two_answers(row, encoding), ANSWER_COLUMNS["score"]
-    names = [encoding.roles[role] for role in ("score_a", "score_b")]
-    example.columns["score"] = [number_of(field_of(row, name), name, column) for name in names]
-    return compare_scores(example, encoding)
 
 
 def read_summaries(row: Row, encoding: Encoding) -> Example:
@@ -222,8 +207,9 @@ def read_last_message(row: Row, encoding: Encoding) -> Example:
     return example_of(row, answers, encoding, messages[:-1])
 
 
-def two(better: Mapping[Any, int | None] | None, **columns: str) -> DataLayout:
-    return DataLayout(columns, partial(read_two, better=better))
+def two(better: Mapping[Any, int | None] | None, votes: Sequence[str] = (), **columns: str) -> DataLayout:
+    optional = dict(zip(("score_a", "score_b"), votes, strict=False))
+    return DataLayout(columns, partial(read_two, better=better), optional)
 
 
 def group(**columns: str) -> DataLayout:
@@ -235,6 +221,7 @@ WINNER = {"model_a": 0, "model_b": 1} | dict.fromkeys(("tie", "tie (bothbad)", "
 PAIRS = {"pair": SIDES, "pair_response": ("chosen_response", "rejected_response")}
 PAIRS |= {"response_pair": ("response_chosen", "response_rejected"), "stack_pair": ("response_j", "response_k")}
 PAIRS |= {"swift_messages": ("messages", "rejected_messages"), "preferred": ("preferred", "dispreferred")}
+PAIRS |= {"swift_response": ("response", "rejected_response")}
 
 DATA_LAYOUTS = {  # name -> layout; of those that read the same columns of answers the first one is used
     **{name: DataLayout(dict(zip(SIDES, sides, strict=True)), read_pair) for name, sides in PAIRS.items()},
@@ -260,7 +247,9 @@ DATA_LAYOUTS = {  # name -> layout; of those that read the same columns of answe
     "ranked_output": group(responses="output"),
     "helpsteer2": two(None, prompt="prompt", a="response_1", b="response_2", preference="preference_strength"),
     "helpsteer3": two(None, prompt="context", a="response1", b="response2", preference="overall_preference"),
-    "shp": two({1: 0, 0: 1}, prompt="history", a="human_ref_A", b="human_ref_B", preference="labels"),
+    "shp": two(
+        {1: 0, 0: 1}, ("score_A", "score_B"), prompt="history", a="human_ref_A", b="human_ref_B", preference="labels"
+    ),
     "pku_saferlhf": two({0: 0, 1: 1}, prompt="prompt", a="response_0", b="response_1", preference="better_response_id"),
     "alpaca_farm": two({1: 0, 2: 1}, prompt="instruction", a="output_1", b="output_2", preference="preference"),
     "arena": two(WINNER, a="conversation_a", b="conversation_b", preference="winner"),
@@ -268,9 +257,6 @@ DATA_LAYOUTS = {  # name -> layout; of those that read the same columns of answe
         dict(turns="prompt", a="response_a", b="response_b", preference="winner_model_a", wins_b="winner_model_b"),
         read_turns,
     ),
-    "webgpt": DataLayout(
-        dict(prompt="question.full_text", a="answer_0", b="answer_1", score_a="score_0", score_b="score_1"),
-        read_two_scores,
-    ),
+    "webgpt": two(None, prompt="question.full_text", a="answer_0", b="answer_1", score_a="score_0", score_b="score_1"),
     "summaries": DataLayout({"info": "info", "responses": "summaries.text", "preference": "choice"}, read_summaries),
 }

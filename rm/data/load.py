@@ -115,13 +115,14 @@ def load_source(
             dataset = builder.as_dataset(split=split)
             content = content or dataset._fingerprint
             if path.exists():
-                files = [str(path)] if path.is_file() else list(map(_target, builder.config.data_files.get(split, ())))
+                links = str(Path(datasets.config.HF_DATASETS_CACHE, "links"))  # of `_plain_path`
+                files = [os.readlink(f) if f.startswith(links) else f for f in builder.config.data_files.get(split, ())]
+                files = [str(path)] if path.is_file() else files
     except InputError:
         raise
     except Exception as error:  # dozens of types: Arrow's, pandas', gzip's, Unicode's, the hub's
         if not path.exists():
-            problem = f"no local file or folder, and the hub does not provide it: {one_line(error)}"
-            raise InputError(f"{name}: {problem}") from error
+            raise InputError(f"{name}: no local file or folder, and the hub has none: {one_line(error)}") from error
         for file in [path] if path.is_file() else sorted(path.rglob("*.jsonl")):
             _check_json_lines(file, name if file == path else str(file), pa.schema([]))
         raise InputError(f"{name}: cannot be read: {one_line(error)}") from error
@@ -148,18 +149,20 @@ def _prepared(place: Path | str, config: str | None) -> tuple[datasets.DatasetBu
     if os.path.isfile(path):
         options = {"data_files": {"train": path}}
         path = BUILDERS[_extension(place)]
-        if path == "csv":  # as they are: pandas would read "NA" as null and "007" as 7
+    builder = datasets.load_dataset_builder(path, config, **options)
+    if isinstance(place, Path):
+        files = builder.config.data_files
+        if builder.name == "csv":  # as they are: pandas would read "NA" as null and "007" as 7
             options["converters"] = dict.fromkeys(("prompt", "chosen", "rejected", "id", "subset"), str)
             options["keep_default_na"] = False
-            with gzip.open(place) if place.suffix == ".gz" else open(place, "rb") as stream:
+            file = next(iter(files.values()))[0]
+            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as stream:
                 header = stream.readline()
             separator = "semicolons" if b";" in header else "tabs" if b"\t" in header else None
             if separator and b"," not in header:
                 fix = "separate them by commas: pandas.read_csv(file, sep=None).to_csv(file, index=False)"
                 raise InputError(f"{place}: the columns are separated by {separator}; {fix}")
-    builder = datasets.load_dataset_builder(path, config, **options)
-    if isinstance(place, Path):
-        splits = [[str(split), *map(_hash_file, files)] for split, files in builder.config.data_files.items()]
+        splits = [[str(split), *map(_hash_file, of_split)] for split, of_split in files.items()]
         content = xxhash.xxh3_128_hexdigest(json.dumps(splits).encode())
         options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, "content", content))
         builder = datasets.load_dataset_builder(path, config, **options)
@@ -183,11 +186,6 @@ def _plain_path(path: Path) -> Path:
     return folder if path.is_dir() else folder / name
 
 
-def _target(file: str) -> str:
-    """The file itself, where `file` is a link of `_plain_path`."""
-    return os.readlink(file) if file.startswith(str(Path(datasets.config.HF_DATASETS_CACHE, "links"))) else file
-
-
 def _hash_file(file: str | Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
@@ -208,8 +206,7 @@ def one_line(error: BaseException) -> str:
 def check_late_rows(source: Source, columns: set[str]) -> None:
     """Raise `InputError` for a value whose type differs from that of the first 10 MB of a file of JSON lines.
 
-    `datasets` 5.2 infers the types from that first part. Where a later part differs (one number among the strings), it
-    stores the whole part as JSON text without a warning: thousands of answers get quotes and escapes.
+    Where a later part differs (one number among the strings), `datasets` 5.2 stores it as JSON text without a warning.
     """
     fields = [field for field in source.dataset.features.arrow_schema if field.name in columns]
     schema = pa.schema([field for field in fields if "extension" not in str(field.type)])  # not type Json: any value

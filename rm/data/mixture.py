@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from rm.config.errors import InputError
 from rm.data.audit import fingerprint, is_in_train
 from rm.data.cache import tokenize_source
 from rm.data.dataset import PreferenceData, arrays_of, concatenate, flat
+from rm.data.formats import COLUMN_OPTIONS
 from rm.data.load import BUILDERS, Source, load_source
 
 logger = logging.getLogger(__name__)
@@ -28,22 +30,30 @@ def load_data(tokenizer: Any, config: Any) -> tuple[PreferenceData, PreferenceDa
     `eval_dataset_name` (or its only split), or of each `dataset_name`. On several processes call it inside
     `accelerator.local_main_process_first()`: the first process works, the others read its cache. Raises `InputError`.
     """
-    train = _sources(config, "train")
     test = _sources(config, "test", accept_only_split=config.eval_dataset_name is not None)
-    mixture = _mix(_tokenize(train, "train", tokenizer, config, False), config)
+    mixture = load_train_data(tokenizer, config, test)
     as_conversation = all(part.encoding.kind == "conversation" for part in mixture.sets.values())
     evaluation = concatenate(_tokenize(test, "test", tokenizer, config, as_conversation))
     if config.text_as_conversation is None and any(p.encoding.text_as_conversation for p in evaluation.sets.values()):
-        fix = "text_as_conversation=false keeps it text"
-        logger.info("evaluation data of text is made conversations, as the training data is; %s", fix)
+        logger.info("evaluation data of text is made conversations too; text_as_conversation=false keeps it text")
     _count_in_train(mixture, evaluation)
     return mixture, evaluation
 
 
+def load_train_data(tokenizer: Any, config: Any, test: Collection[str] = ()) -> PreferenceData:
+    """The training data alone; `test` are the names of the evaluation sets. Raises `InputError`."""
+    train = _sources(config, "train")
+    names = dict.fromkeys([*train, *test])
+    for option in COLUMN_OPTIONS:
+        columns = getattr(config, option)
+        if isinstance(columns, dict) and (unknown := columns.keys() - names):
+            raise InputError(f"{option}: there is no data set {min(unknown)!r}; there are {', '.join(names)}")
+    return _mix(_tokenize(train, "train", tokenizer, config, False), config)
+
+
 def load_evaluation_data(tokenizer: Any, config: Any, text_as_conversation: bool) -> PreferenceData:
     """The evaluation data alone, for a saved model. A data set's only split is always used. Raises `InputError`."""
-    sources = _sources(config, "test", accept_only_split=True)
-    return concatenate(_tokenize(sources, "test", tokenizer, config, text_as_conversation))
+    return concatenate(_tokenize(_sources(config, "test", True), "test", tokenizer, config, text_as_conversation))
 
 
 def _sources(config: Any, part: str, accept_only_split: bool = False) -> dict[str, Source]:
@@ -63,10 +73,11 @@ def _tokenize(sources: dict[str, Source], part: str, tokenizer: Any, config: Any
     """{name: `PreferenceData`} of each set; the option `text_as_conversation` overrides `as_conversation`."""
     if config.text_as_conversation is not None:
         as_conversation = config.text_as_conversation
-    parts = {}
+    parts, by_set = {}, {o: value for o in COLUMN_OPTIONS if isinstance(value := getattr(config, o), dict)}
     for name, source in sources.items():
+        own = replace(config, **{option: value.get(name) for option, value in by_set.items()})
         select = partial(_select, part=part, config=config, name=source.name)
-        parts[name] = tokenize_source(source, name, tokenizer, config, as_conversation, select)
+        parts[name] = tokenize_source(source, name, tokenizer, own, as_conversation, select)
     return parts
 
 
@@ -134,10 +145,8 @@ def _count_in_train(train: PreferenceData, test: PreferenceData) -> None:
         part.audit["in_train"] = count = int(counts[name])
         part.audit["prompt_in_train"] = int(prompt_counts[name])
         if count:
-            logger.warning(
-                "%s: %d of the %d test pairs are in the train set too; their accuracy says nothing about new data",
-                *(part.source.name, count, part.audit["kept"]),
-            )
+            seen = f"{count} of the {part.audit['kept']} test pairs are in the train set too"
+            logger.warning("%s: %s; their accuracy says nothing about new data", part.source.name, seen)
     test.audit.update(in_train=int(found.sum()), prompt_in_train=int(prompts.sum()))
 
 

@@ -1,5 +1,6 @@
 """The prompt and the system message of a row: where they are, and that they are there once."""
 
+import json
 import os
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ def example_of(row: Row, answers: dict[str, Any], encoding: Encoding, prompt: An
     if text := value_of(row, "input", encoding):
         prompt = f"{prompt}\n{text}"
     if earlier := value_of(row, "history", encoding):  # [[question, answer], ...]
+        expect(prompt, (str,), "'prompt'", "text, as there is a history")
         prompt = turns_of([text for turn in earlier for text in turn]) + turns_of([prompt])
     if encoding.repeats_prompt:
         prompt, answers = split_repeated_prompt(prompt, answers)
@@ -116,20 +118,25 @@ def find_prompt(name: str, rows: Sequence[Row], examples: Sequence[Example], use
     fix = "prompt_column= (empty) if the answers contain all, or there is no prompt"
     if "prompt" in first and "prompt" not in used:
         return {"prompt": "prompt"}
-    bare = [(row, e) for row, e in zip(rows, examples, strict=True) if e.answers and not _has_prompt(e)]
+    pairs = [(row, e) for row, e in zip(rows, examples, strict=True) if e.answers and e.prompt is None]
+    bare = [(row, e) for row, e in pairs if e.kind == "text" or e.answers[0][0]["role"] == "assistant"]
     if 2 * len(bare) <= len(rows):
         return {}
-    texts = text_columns(first, used)
-    found = [c for c in PROMPTS if c in texts and _is_mostly(_lacks(example, row[c]) for row, example in bare)]
+    texts, known = text_columns(first, used), {column for path in used for column in (path, path.partition(".")[0])}
+    lists = [c for c, v in first.items() if type(v) is list and type(v[0]) is not list and c not in known.union(texts)]
+    found = [
+        c for c in PROMPTS if c in (*texts, *lists) and _is_mostly(_lacks(example, row[c]) for row, example in bare)
+    ]
     if "instruction" in found:
         found = [column for column in found if column not in INSTRUCTION]
     if len(found) > 1:
-        several = ", ".join(found)
-        raise InputError(f"{name}: {several} may be the prompt; choose one with prompt_column={found[0]}, or {fix}")
+        fix = f"choose one with prompt_column={found[0]}, or {fix}"
+        raise InputError(f"{name}: {', '.join(found)} may be the prompt; {fix}")
     if found:
         return {"prompt": found[0]}
     values = {c: [field_of(first, c)] if "." in c else [row[c] for row in rows] for c in texts}  # names are no prompts
     texts = [c for c in texts if _is_mostly(is_text(v) and (type(v) is not str or " " in v.strip()) for v in values[c])]
+    texts += [c for c in lists if " " in json.dumps(first[c], separators=(",", ":"), default=str)]  # in its texts
     if texts and _is_mostly(_begins_differently(example) for _, example in bare):
         problem = f"the answers begin differently, and {', '.join(texts)} is not read"
         raise InputError(f"{name}: {problem}; set prompt_column={texts[0]}, or {fix}")
@@ -139,12 +146,6 @@ def find_prompt(name: str, rows: Sequence[Row], examples: Sequence[Example], use
 def _is_mostly(values: Iterable[bool]) -> bool:
     values = list(values)
     return 2 * sum(values) > len(values)
-
-
-def _has_prompt(example: Example) -> bool:
-    """Whether an example has a prompt, or its answers are whole conversations."""
-    is_whole = example.kind == "conversation" and example.answers[0][0]["role"] != "assistant"
-    return example.prompt is not None or is_whole
 
 
 def _lacks(example: Example, value: Any) -> bool:

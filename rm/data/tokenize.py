@@ -1,5 +1,6 @@
 """Examples to texts to token ids, for training, evaluation and scoring: chat template, sequences, trees, truncation."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rm.data.example import Encoding, Example, RowError, content_text, without_parts
+from rm.data.example import Encoding, Example, RowError, content_text, in_parts, without_parts
 from rm.data.load import one_line
 
 
@@ -77,70 +78,69 @@ def _token_ids(texts: list[str], tokenizer: Any, add_special_tokens: bool, add_e
     except Exception as error:  # half of a surrogate pair, for example
         raise RowError(f"the tokenizer cannot read the text: {one_line(error)}") from None
     end = [tokenizer.eos_token_id]
-    found = [_without_second(ids, added) for ids in found] if add_special_tokens and added else found
+    if add_special_tokens and added:  # not twice, where a text has them already
+        found = [ids[1:] if ids[:2] == [added[0]] * 2 else ids for ids in found]
+        found = [ids[:-1] if ids[-2:] == [added[-1]] * 2 else ids for ids in found]
     return [np.array(ids + end if add_eos and ids and ids[-1:] != end else ids, np.int32) for ids in found]
-
-
-def _without_second(ids: list[int], added: list[int]) -> list[int]:
-    """The token ids without the first or last one where the tokenizer has `added` it to a text that had it."""
-    ids = ids[1:] if ids[:2] == [added[0]] * 2 else ids
-    return ids[:-1] if ids[-2:] == [added[-1]] * 2 else ids
 
 
 def render(example: Example, tokenizer: Any) -> tuple[list[str], bool]:
     """(the N texts that are tokenized of an example of kind "text" or "conversation", prompt included; whether the
     chat template has written them, with the special tokens).
 
+    Text that begins as the template does gets BOS if the template writes it, and the end of the template once.
+
     Raises:
         RowError: the tokenizer has no chat template, or it rejects the messages.
     """
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or "\0"
+    writes_bos, starts, end, reads_text, reads_parts = _read_template(tokenizer, str(tokenizer.chat_template))
     if example.kind == "text":
-        return _find_rendered([(example.prompt or "") + answer for answer in example.answers], tokenizer)
+        texts = [(example.prompt or "") + answer for answer in example.answers]
+        if not all(text.removeprefix(bos).lstrip().startswith(starts) for text in texts):
+            return [text.rstrip() if text.rstrip().endswith(eos) else text for text in texts], False
+        texts, space = [text.removeprefix(bos).rstrip() for text in texts], end[len(end.rstrip()) :]
+        ends = [space if text.endswith(end.strip()) else end for text in texts]
+        return [bos * writes_bos + text + end for text, end in zip(texts, ends, strict=True)], True
     if not tokenizer.chat_template:
         fix = "set chat_template_path, or give the data as text"
         raise RowError(f"conversations need a chat template, the tokenizer has none; {fix}")
     conversations = [(example.prompt or []) + answer for answer in example.answers]
-    if not read_template(tokenizer, str(tokenizer.chat_template))[3]:
-        conversations = [list(map(without_parts, messages)) for messages in conversations]
+    if not reads_parts or not reads_text:
+        in_form = in_parts if reads_parts else without_parts
+        conversations = [list(map(in_form, messages)) for messages in conversations]
     try:
         return tokenizer.apply_chat_template(conversations, tokenize=False, **example.variables), True
     except Exception as error:  # Jinja's errors, and any that a template causes in Python
         raise RowError(f"the chat template rejects the messages: {one_line(error)}") from None
 
 
-def _find_rendered(texts: list[str], tokenizer: Any) -> tuple[list[str], bool]:
-    """(texts, whether they begin and end as the chat template does; then with BOS where it writes BOS)."""
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
-    if tokenizer.chat_template:
-        has_bos, _, end, _ = read_template(tokenizer, str(tokenizer.chat_template))
-        if all(begins_rendered(text, tokenizer) and text.rstrip().endswith(end) for text in texts):
-            return [bos * has_bos + text.removeprefix(bos) for text in texts], True
-    return [text.rstrip() if eos and text.rstrip().endswith(eos) else text for text in texts], False
-
-
-def begins_rendered(text: str, tokenizer: Any) -> bool:
-    """Whether a text begins as the tokenizer's chat template does."""
-    starts = read_template(tokenizer, str(tokenizer.chat_template))[1]
-    return text.removeprefix(tokenizer.bos_token or "").lstrip().startswith(starts)
+def is_rendered(prompt: str, tokenizer: Any) -> bool:
+    """Whether a prompt of text has special tokens already: it begins with BOS, or as the chat template does."""
+    starts = _read_template(tokenizer, str(tokenizer.chat_template))[1]
+    return prompt.startswith(tokenizer.bos_token or "\0") or prompt.lstrip().startswith(starts)
 
 
 @lru_cache(maxsize=8)
-def read_template(tokenizer: Any, template: str) -> tuple[bool, tuple[str, ...], str, bool]:
-    """(whether the tokenizer's `template` writes BOS, how it begins behind it, how it ends, whether it reads parts)."""
+def _read_template(tokenizer: Any, template: str) -> tuple[bool, tuple[str, ...], str, bool, bool]:
+    """Of the `template`: whether it writes BOS; the first line behind it, without and with a system message;
+    what is behind the last message; whether it reads contents that are text, and contents that are lists of parts."""
     mark, other, bos = "mark-7261", "other-7261", tokenizer.bos_token or ""
 
-    def rendered(content: Any, *roles: str) -> str:
-        try:
-            return tokenizer.apply_chat_template([{"role": r, "content": content} for r in roles], tokenize=False)
-        except Exception:  # it rejects a role or a list, or cannot be used
-            return ""
+    def rendered(content: Any) -> list[str]:
+        texts = []
+        for roles in (("user", "assistant"), ("system", "user", "assistant")):
+            messages = [{"role": role, "content": content} for role in roles]
+            with contextlib.suppress(Exception):  # it rejects a role or a list, or cannot be used
+                texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+        return [text for text in texts if mark in text]
 
-    plain, with_system = (rendered(mark, *roles, "user", "assistant") for roles in ([], ["system"]))
-    parts = rendered([{"type": "text", "text": mark, "other": other}], "user", "assistant")
-    begins = [text.removeprefix(bos).partition(mark)[0].strip() for text in (plain, with_system) if mark in text]
+    texts, lists = rendered(mark), rendered([{"type": "text", "text": mark, "other": other}])
+    lists = [text for text in lists if other not in text]  # a list that is printed is not read
+    plain = (texts or lists or [""])[0]
+    begins = [text.removeprefix(bos).partition(mark)[0].strip() for text in texts or lists]
     starts = filter(None, [begin.partition("\n")[0] for begin in begins])  # further lines may hold a date
-    end = plain.rpartition(mark)[2].strip()
-    return plain.startswith(bos), tuple(starts), end, mark in parts and other not in parts
+    return plain.startswith(bos), tuple(starts), plain.rpartition(mark)[2], bool(texts), bool(lists)
 
 
 def is_blank(answer: Any) -> bool:

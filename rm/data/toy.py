@@ -5,9 +5,7 @@ true rewards: P(a is better) = sigmoid(reward(a) - reward(b)). The labels are no
 possible accuracy is known: E[max(p, 1 - p)], about 0.85 here.
 
 A group has four answers to a prompt: ranked by the Plackett-Luce model of their true rewards (`plackett_luce`), or each
-two of them compared by the Bradley-Terry model (`bradley_terry`).
-
-`configs/tiny_llama` has the word-level tokenizer of this grammar (`configs/tiny_llama/make_tokenizer.py` writes it).
+two of them compared by the Bradley-Terry model (`bradley_terry`). `configs/tiny_llama` has a tokenizer of the grammar.
 """
 
 import hashlib
@@ -18,77 +16,41 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
 from datasets import Dataset
 
-# ---------------------------------------------------------------- the true reward, in log-odds
-
-POLITE = {"hello!": 0.75, "gladly,": 1.0, "happy to help.": 1.5, "good luck!": 1.125, "i hope this helps.": 1.375}
-RUDE = {"everyone knows that.": -1.75, "what a silly question.": -2.25, "now leave me alone.": -2.75}
-HEDGING = {"maybe you can": -0.875, "i guess you could": -1.25, "but i may be wrong.": -1.625}
-USELESS = {"again,": -1.5, "sorry, i can not help with that.": -2.5}
-PHRASE_REWARD = POLITE | RUDE | HEDGING | USELESS  # added for every time that the answer has the phrase
-BRIEF, DETAILED = ("brief", "quick"), ("detailed", "thorough")
+GRAMMAR = yaml.safe_load(Path(__file__).with_name("toy.yaml").read_text(encoding="utf-8"))
 STEP_BRIEF, STEP_DETAILED = -0.8125, 1.8125  # for every step after the first, by what the prompt asked for
-
-# ---------------------------------------------------------------- the grammar
-
-TASKS = {
-    "cook rice": ("rinse it", "add water", "add salt", "boil it", "let it rest"),
-    "bake bread": ("mix flour and water", "add yeast", "knead it", "let it rest", "bake it"),
-    "make tea": ("boil water", "warm the cup", "add the leaves", "wait a little", "add milk"),
-    "paint a wall": ("clean it", "cover the floor", "mix the paint", "paint it", "let it dry"),
-    "fix a bike": ("clean it", "oil the chain", "check the brakes", "fill the tires", "test it"),
-    "wash a car": ("rinse it", "use soap", "clean the windows", "rinse it well", "let it dry"),
-    "sleep well": ("go to bed early", "drink less coffee", "read a little", "close your eyes", "rest"),
-    "write a letter": ("find paper", "add the date", "write a little", "check it", "sign it"),
-}
-TASK_NAMES = tuple(TASKS)
 SUBSETS = ("brief", "detailed", "system", "multi_turn")
-QUESTIONS = ("how do i {task}?", "how can i {task}?", "tell me how to {task}.")
-BACKGROUND = ("", "", "", "", "i am new to this.", "it is for my family.")
-USER_GREETINGS = ("", "", "hello!", "good morning!")
-REQUESTS = ("a {style} answer, please.", "please keep it {style}.", "be {style}.")
-SYSTEM_REQUESTS = ("give {style} answers.", "keep every answer {style}.")
-FOLLOW_UPS = ("thanks.", "one more thing.")
-
-ANSWER_GREETINGS = ("", "hello!")
-OPENINGS = ("", "", "", "gladly,", "gladly,", "happy to help.", "what a silly question.", "everyone knows that.")
-HEDGES = ("", "", "", "i guess you could", "maybe you can")
-REFUSAL = "sorry, i can not help with that."
-REPETITION = "again,"
-JOINTS = (", then ", ", and ", ". next, ")
-CLOSINGS = ("", "", "", "", "good luck!", "i hope this helps.", "now leave me alone.", "but i may be wrong.")
-
-
 LABELS, NUM_ANSWERS = ("plackett_luce", "bradley_terry"), 4  # of groups
 
 
 def true_reward(prompt_messages: list[dict], answer_text: str) -> float:
     """The reward (log-odds) of an answer, from the texts alone."""
-    reward = sum(weight * answer_text.count(phrase) for phrase, weight in PHRASE_REWARD.items())
+    reward = sum(weight * answer_text.count(phrase) for phrase, weight in GRAMMAR["phrase_reward"].items())
     asked = " ".join(message["content"] for message in prompt_messages if message["role"] != "assistant")
-    step_reward = any(style in asked for style in BRIEF) * STEP_BRIEF
-    step_reward += any(style in asked for style in DETAILED) * STEP_DETAILED
-    return reward + step_reward * sum(answer_text.count(joint) for joint in JOINTS)
+    step_reward = any(style in asked for style in GRAMMAR["brief"]) * STEP_BRIEF
+    step_reward += any(style in asked for style in GRAMMAR["detailed"]) * STEP_DETAILED
+    return reward + step_reward * sum(answer_text.count(joint) for joint in GRAMMAR["joints"])
 
 
 def _draw_prompt(rng: random.Random) -> tuple[str, list[dict], str]:
     """One prompt: its subset, its messages, and the task that the answers are about."""
-    task = _pick(rng, TASK_NAMES)
-    question = _pick(rng, QUESTIONS).format(task=task)
+    task = _pick(rng, list(GRAMMAR["tasks"]))
+    question = _pick(rng, GRAMMAR["questions"]).format(task=task)
     subset = _pick(rng, SUBSETS)
     wants_brief = subset == "brief" or (subset != "detailed" and rng.random() < 0.5)
-    style = _pick(rng, BRIEF if wants_brief else DETAILED)
-    request = _pick(rng, SYSTEM_REQUESTS if subset == "system" else REQUESTS).format(style=style)
-    opening = _pick(rng, USER_GREETINGS), _pick(rng, BACKGROUND)
+    style = _pick(rng, GRAMMAR["brief"] if wants_brief else GRAMMAR["detailed"])
+    request = _pick(rng, GRAMMAR["system_requests"] if subset == "system" else GRAMMAR["requests"]).format(style=style)
+    opening = _pick(rng, GRAMMAR["user_greetings"]), _pick(rng, GRAMMAR["background"])
     if subset == "system":
         messages = [_message("system", request), _message("user", *opening, question)]
     elif subset == "multi_turn":
-        earlier = _pick(rng, [name for name in TASK_NAMES if name != task])
+        earlier = _pick(rng, [name for name in GRAMMAR["tasks"] if name != task])
         messages = [
-            _message("user", *opening, _pick(rng, QUESTIONS).format(task=earlier)),
+            _message("user", *opening, _pick(rng, GRAMMAR["questions"]).format(task=earlier)),
             _message("assistant", _sentence(rng, _draw_steps(rng, earlier, _pick(rng, (1, 2))))),
-            _message("user", _pick(rng, FOLLOW_UPS), question, request),
+            _message("user", _pick(rng, GRAMMAR["follow_ups"]), question, request),
         ]
     else:
         request_first = rng.random() < 0.5
@@ -97,21 +59,21 @@ def _draw_prompt(rng: random.Random) -> tuple[str, list[dict], str]:
 
 
 def _draw_answer(rng: random.Random, task: str) -> str:
-    greeting, opening, closing = _pick(rng, ANSWER_GREETINGS), _pick(rng, OPENINGS), _pick(rng, CLOSINGS)
+    greeting, opening, closing = (_pick(rng, GRAMMAR[name]) for name in ("answer_greetings", "openings", "closings"))
     if rng.random() < 0.1:
-        return _join(greeting, opening, REFUSAL, closing)
+        return _join(greeting, opening, GRAMMAR["refusal"], closing)
     steps = _draw_steps(rng, task, _pick(rng, (1, 2, 3)))
-    repetition = f"{REPETITION} {steps[-1]}." if rng.random() < 0.2 else ""
-    return _join(greeting, opening, _pick(rng, HEDGES), _sentence(rng, steps), repetition, closing)
+    repetition = f"{GRAMMAR['repetition']} {steps[-1]}." if rng.random() < 0.2 else ""
+    return _join(greeting, opening, _pick(rng, GRAMMAR["hedges"]), _sentence(rng, steps), repetition, closing)
 
 
 def _draw_steps(rng: random.Random, task: str, num_steps: int) -> list[str]:
-    remaining = list(TASKS[task])
+    remaining = list(GRAMMAR["tasks"][task])
     return [remaining.pop(int(rng.random() * len(remaining))) for _ in range(num_steps)]
 
 
 def _sentence(rng: random.Random, steps: list[str]) -> str:
-    return steps[0] + "".join(_pick(rng, JOINTS) + step for step in steps[1:]) + "."
+    return steps[0] + "".join(_pick(rng, GRAMMAR["joints"]) + step for step in steps[1:]) + "."
 
 
 def _pick(rng: random.Random, options: Sequence):
@@ -192,6 +154,6 @@ def toy_dataset(split: str, num_rows: int, seed: int = 0, labels: str | None = N
     `datasets`.
     """
     arguments = {"split": split, "num_rows": num_rows, "seed": seed} | ({"labels": labels} if labels else {})
-    key = hashlib.sha256(Path(__file__).read_bytes() + str(arguments).encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{Path(__file__).read_bytes()}{GRAMMAR}{arguments}".encode()).hexdigest()[:32]
     draw = _draw_groups if labels else _draw_pairs
     return Dataset.from_generator(draw, gen_kwargs=arguments, split=split, fingerprint=key)

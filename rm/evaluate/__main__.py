@@ -20,11 +20,12 @@ from rm.config.files import finite, write_file
 from rm.config.options import DataOptions, DatasetOptions, LossOptions, QuantizationOptions, RewardConfig
 from rm.config.section import Section, fields_of, option
 from rm.data.mixture import load_evaluation_data
+from rm.data.tokenizer import load_tokenizer
 from rm.evaluate.evaluator import NUM_MISTAKES, Evaluator, metrics_table
 from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
 from rm.evaluate.table import compare_tables, has_several, slices, worst
 from rm.forward import choose_layout
-from rm.model.load import check_positions, load_saved_model, load_tokenizer
+from rm.model.load import check_positions, load_saved_model
 from rm.model.reward_model import set_tf32
 from rm.model.saved import conversations_from_text, recorded_config
 from rm.visualize_samples import reward_table, write_records

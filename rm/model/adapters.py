@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from rm.config.errors import InputError
 from rm.config.options import LoraOptions, RewardConfig
 from rm.config.section import fields_of
-from rm.model.saved import WEIGHT_FILES, lacks, loading
+from rm.data.tokenizer import WEIGHT_FILES, lacks, loading
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT uses the deprecated name
 

@@ -1,63 +1,26 @@
-"""Tokenizer and model from a folder or the hub: to train, or as a run saved them."""
+"""The model from a folder or the hub: to train, or as a run saved it."""
 
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rm.config.errors import InputError
 from rm.config.options import LoraOptions, RewardConfig
 from rm.config.section import fields_of
+from rm.data.tokenizer import WEIGHT_FILES, find_base, lacks, loading
 from rm.model.adapters import load_adapter, new_adapter, quantization_config
 from rm.model.attention import FLASH, use_tree_kernel
 from rm.model.reward_model import NUM_OUTPUTS, RewardModel, find_head, max_positions, unwrapped, use_liger_kernels
-from rm.model.saved import TOKENIZER_FILES, WEIGHT_FILES, check_folder, find_base, lacks, loading
 
 logger = logging.getLogger(__name__)
 
 HEADS = re.compile(r"(?<!lm_)head|value|reward|score|regression|classifier")  # in names of weights
-PAD_TOKEN = "<|reward_pad|>"
-PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
-
-
-def load_tokenizer(config: RewardConfig) -> Tokenizer:
-    """The tokenizer of `model_name_or_path` (or of its base), padding on the right with a token that is not EOS.
-
-    With pad == EOS, transformers' pooling would score a sequence one token early. Raises `InputError`.
-    """
-    name, revision = config.model_name_or_path, config.model_revision
-    check_folder(name)
-    if lacks(name, *TOKENIZER_FILES):
-        name, revision, _ = find_base(name, revision)
-    if lacks(name, *TOKENIZER_FILES):
-        raise InputError(f"'{name}': the folder has no tokenizer files; copy those of the base model into it")
-    with loading(f"no tokenizer could be loaded from '{name}'"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values()}
-        free = [t for t in PAD_CANDIDATES if t in special and t not in (tokenizer.eos_token, tokenizer.bos_token)]
-        tokenizer.add_special_tokens({"pad_token": free[0] if free else PAD_TOKEN})
-        logger.info(f"pad token: {tokenizer.pad_token!r} ({'of the vocabulary' if free else 'added'}; never EOS)")
-    if (path := config.chat_template_path) is not None:
-        with loading(f"chat_template_path='{path}' is neither a Jinja file nor a tokenizer"):
-            if Path(path).is_file():
-                template = Path(path).read_text(encoding="utf-8")
-            else:
-                template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
-        if template is None:
-            raise InputError(f"chat_template_path='{path}': this tokenizer has no chat template")
-        tokenizer.chat_template = template
-    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
-        if Path(template).name != template:  # it becomes a file name when the tokenizer is saved
-            raise InputError(f"'{name}': its chat template {template!r} has a path for a name; set chat_template_path")
-    return tokenizer
 
 
 def check_positions(config: RewardConfig, longest: int) -> None:

@@ -18,7 +18,7 @@ from transformers.integrations.neftune import activate_neftune
 from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
 from rm.config.errors import InputError
-from rm.model.saved import loading
+from rm.data.tokenizer import loading
 
 NUM_OUTPUTS = 1  # of the head; the first is the reward (`rm.forward.score_batch`)
 LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # of language models

@@ -1,78 +1,26 @@
-"""Where a model comes from: a folder or a hub name, an adapter or a whole model, and what a run recorded beside it."""
+"""What a run recorded beside its model: options, results, and the scale of its rewards."""
 
-import json
+import logging
 import math
-import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 
 from rm.config.cli import make_config, read_yaml
 from rm.config.errors import InputError
 from rm.config.files import read_json
 from rm.config.options import RewardConfig
-from rm.data.formats import ROLES
+from rm.data.formats import COLUMN_OPTIONS
+from rm.data.tokenizer import check_folder
+
+logger = logging.getLogger(__name__)
 
 SCALE = ("reward_mean", "reward_std", "reward_answers")  # keys in config.json, and of "normalization" in results.json
-TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
-
-
-def check_folder(name: str) -> None:
-    """Raise `InputError` if `name` can only be a folder and does not exist; the hub would complain about its form."""
-    is_path = Path(name).is_absolute() or name.startswith((".", "runs/")) or name.count("/") > 1 or Path(name).is_file()
-    if is_path and not Path(name).is_dir():
-        raise InputError(f"'{name}': there is no such folder; give a model's folder or its name on the hub")
-
-
-def find_base(name: str, revision: str = "main") -> tuple[str, str, dict[str, Any] | None]:
-    """(base model, its revision, adapter_config.json) of an adapter; (name, revision, None) of a whole model."""
-    check_folder(name)
-    with loading(f"no model could be loaded from '{name}'"):
-        if (file := find_adapter_config_file(name, revision=revision)) is None:
-            return name, revision, None
-        adapter = json.loads(Path(file).read_text(encoding="utf-8"))
-        base, base_revision = adapter.get("base_model_name_or_path"), adapter.get("revision") or "main"
-    if not base or adapter.get("task_type") != "SEQ_CLS":
-        needs = "its adapter_config.json needs task_type SEQ_CLS and base_model_name_or_path"
-        raise InputError(f"'{name}' is an adapter without a reward head or without a base: {needs}")
-    check_folder(base)
-    return base, base_revision, adapter
-
-
-def lacks(name: str, *patterns: str) -> bool:
-    """Whether `name` is a folder without files that match `patterns`."""
-    return Path(name).is_dir() and not any(list(Path(name).glob(pattern)) for pattern in patterns)
-
-
-@contextmanager
-def loading(message: str) -> Iterator[None]:
-    """Turn an error of a library that reads files of the user into `InputError`: "message: reason", one line.
-
-    A damaged file makes the libraries raise almost any exception: only their calls belong into the block.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if isinstance(error, SafetensorError):
-            reason = f"its safetensors file is broken, download it again ({reason})"
-        elif isinstance(error, pickle.UnpicklingError):
-            reason = "its weights are a pickle that is more than tensors, and was not run; weights must be safetensors"
-        elif "Unrecognized configuration class" in str(error):
-            kind = str(error).partition("'")[2].partition("'")[0].rpartition(".")[2].removesuffix("Config")
-            reason = f"transformers has no sequence classifier for the architecture {kind}; give another model"
-        elif "trust_remote_code" in str(error):
-            reason = "it needs code of its own, which was not run; read it, then allow it with trust_remote_code=true"
-        raise InputError(f"{message}: {reason}") from error
 
 
 def recorded_config(name: str, given: Mapping[str, Any]) -> RewardConfig:
@@ -82,8 +30,12 @@ def recorded_config(name: str, given: Mapping[str, Any]) -> RewardConfig:
     recorded = read_yaml(file) if file.is_file() else {}
     unset = ["chat_template_path", "model_revision"]  # saved with the tokenizer; the run's is that of its base
     if given.keys() & {"dataset_name", "eval_dataset_name"}:
-        unset += "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights".split()
-        unset += ["max_eval_samples", *(f"{role}_column" for role in ROLES)]
+        columns = [*COLUMN_OPTIONS, "margin_from_scores"]
+        lost = [f"{name}={recorded[name]}" for name in columns if recorded.get(name) and name not in given]
+        if lost and given.get("dataset_name") != "toy":  # which stands for no data
+            logger.info(f"of the data of the run, not of these: {', '.join(lost)}; give them again if they hold here")
+        names = "eval_fraction eval_dataset_name eval_dataset_config dataset_config dataset_weights max_eval_samples"
+        unset += [*names.split(), *columns]
     if not torch.accelerator.is_available():
         unset += ["attn_implementation", "tf32"]  # the run may have had one
     recorded = {option: value for option, value in recorded.items() if option not in unset}

@@ -70,8 +70,7 @@ def main(argv: list[str]) -> int:
             number, record = next(lines, (0, None))
             now = {"line": number} | answer(record, scorer.results([record])[0], scorer.std, own)
             if not is_same(last, finite(now), scorer.rounding):
-                fix = "give another --output, or remove it"
-                raise InputError(f"{target}: it is of another input, model or options; {fix}")
+                raise InputError(f"{target}: of another input, model or options; give another --output, or remove it")
         num_lines, num_errors, first_error = 0, 0, ""
         bar = tqdm(total=size or None, unit="B" if size else "line", unit_scale=True, dynamic_ncols=True)
         while window := list(islice(lines, own.window_size)):
@@ -85,7 +84,6 @@ def main(argv: list[str]) -> int:
             output.flush()
             num_lines += len(window)
             bar.update(file.tell() - bar.n if size else len(window))
-            bar.set_postfix_str(f"{num_lines:,} lines, {num_errors:,} errors")
         bar.close()
     print(safe_line(f"{num_lines:,} lines, {num_errors:,} errors{first_error}"), file=sys.stderr)
     return int(0 < num_lines == num_errors and not last)

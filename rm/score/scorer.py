@@ -21,9 +21,10 @@ from rm.config.options import QuantizationOptions, TokenOptions
 from rm.config.section import fields_of
 from rm.data.example import SIDES, Encoding, Example, RowError, make_example, stored_messages, template_variables
 from rm.data.layouts import NUMBERS, TOKEN_COLUMNS, read_group, read_token_group, read_tokens
-from rm.data.tokenize import Tree, encode_examples, is_blank, make_tree, truncate_left
+from rm.data.tokenize import Tree, encode_examples, is_blank, is_rendered, make_tree, truncate_left
+from rm.data.tokenizer import load_tokenizer
 from rm.forward import choose_layout
-from rm.model.load import load_saved_model, load_tokenizer
+from rm.model.load import load_saved_model
 from rm.model.reward_model import cast_weights, is_half_precision, max_positions, set_tf32, unwrapped
 from rm.model.saved import conversations_from_text, read_scale, recorded_config
 from rm.score.rewards import TreeList, score_prompts
@@ -78,9 +79,12 @@ class Scorer:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
         self.autocast = torch.autocast(self.device.type, half, enabled=half is not None)
         tolerance = 5e-2 if is_half_precision(self.model, config.mixed_precision, config.tf32) else 1e-4
-        trees, pad = _random_trees(self.tokenizer), self.tokenizer.pad_token_id
+        ordinary = set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.added_tokens_decoder)
+        vocabulary, rng = np.array(sorted(ordinary) or [self.tokenizer.pad_token_id]), np.random.default_rng(0)
+        draws = [[rng.choice(vocabulary, n) for n in (20 + i, 8, 5 + i)] for i in range(4)]
+        trees = TreeList([Tree(prefix, answers) for prefix, *answers in draws])  # on which the layout is verified
         with self.autocast:
-            self.layout = choose_layout(config.layout, self.model, trees, pad)
+            self.layout = choose_layout(config.layout, self.model, trees, self.tokenizer.pad_token_id)
         self.eval_dtype = config.eval_dtype
         self.rounding = (5e-2 if self.eval_dtype else tolerance) / min(self.std, 1.0)  # of a reward, if scored again
 
@@ -119,14 +123,6 @@ class Scorer:
         return parts
 
 
-def _random_trees(tokenizer: Any) -> TreeList:
-    """Pairs of random ordinary tokens, on which the layout is verified."""
-    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-    vocabulary, rng = np.array(sorted(ordinary) or [tokenizer.pad_token_id]), np.random.default_rng(0)
-    draws = [[rng.choice(vocabulary, n) for n in (20 + i, 8, 5 + i)] for i in range(4)]
-    return TreeList([Tree(prefix, answers) for prefix, *answers in draws])
-
-
 # ---------------------------------------------------------------- inputs to trees
 
 
@@ -142,9 +138,11 @@ def form_of(record: Any) -> tuple[tuple[str, ...], str]:
     raise RowError("nothing to score; give text, messages, prompt and response or responses, or chosen and rejected")
 
 
-def read_input(record: Any, encoding: Encoding) -> Example:
-    """The example of an input, without labels. Raises `RowError`."""
+def read_input(record: Any, encoding: Encoding, tokenizer: Any) -> Example:
+    """The example of an input, without labels. A rendered prompt stays text. Raises `RowError`."""
     keys, group = form_of(record)
+    if type(record.get("prompt")) is str and is_rendered(record["prompt"], tokenizer):
+        encoding = replace(encoding, text_as_conversation=False)
     if keys == ("messages",):
         record = record | {"messages": stored_messages(record["messages"])}
     for key in {"responses", "messages"} & set(keys):
@@ -176,7 +174,7 @@ def encode_inputs(records: Sequence[Any], tokenizer: Any, encoding: Encoding) ->
     examples: list[Example | RowError] = []
     for record in records:
         try:
-            examples.append(record if isinstance(record, RowError) else read_input(record, encoding))
+            examples.append(record if isinstance(record, RowError) else read_input(record, encoding, tokenizer))
         except RowError as error:
             examples.append(error)
     encoded = zip(examples, encode_examples(examples, tokenizer, encoding), strict=True)

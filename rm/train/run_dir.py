@@ -35,7 +35,7 @@ from rm.config.files import (
 )
 from rm.config.options import RewardConfig, changed_options
 from rm.config.redact import redact
-from rm.model.saved import find_base
+from rm.data.tokenizer import find_base
 from rm.report.hub import FILES, Hub, open_repo
 from rm.train.processes import on_main_process
 

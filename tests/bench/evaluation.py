@@ -48,7 +48,8 @@ def load_ours(args: argparse.Namespace):
     from common import make_config
 
     from rm.data.plan import Layout
-    from rm.model.load import load_saved_model, load_tokenizer
+    from rm.data.tokenizer import load_tokenizer
+    from rm.model.load import load_saved_model
 
     config = make_config(args)
     tokenizer = load_tokenizer(config)
@@ -121,7 +122,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     import numpy as np
     from common import make_config, pair_ids, tokenize
 
-    from rm.model.load import load_reward_model, load_tokenizer
+    from rm.data.tokenizer import load_tokenizer
+    from rm.model.load import load_reward_model
 
     config = make_config(args)
     tokenizer = load_tokenizer(config)

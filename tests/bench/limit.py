@@ -20,9 +20,10 @@ from common import make_config, tokenize
 
 from rm.collate import collate
 from rm.data.plan import Layout, StepPlan
+from rm.data.tokenizer import load_tokenizer
 from rm.forward import concatenated_forward
 from rm.loss import pairwise_loss
-from rm.model.load import load_reward_model, load_tokenizer
+from rm.model.load import load_reward_model
 from rm.model.reward_model import unwrapped
 from rm.train.state import Meter
 

@@ -47,7 +47,7 @@ def run_ours(turn: Turn, args: argparse.Namespace) -> None:
 
     from rm.data.cache import tokenize_source
     from rm.data.load import load_source
-    from rm.model.load import load_tokenizer
+    from rm.data.tokenizer import load_tokenizer
 
     datasets.config.HF_DATASETS_CACHE = Path(args.folder, "cache")
     config = make_config(args, dataset_num_proc=args.num_proc)

@@ -14,7 +14,7 @@ from common import make_config, pair_lengths, tokenize
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from rm.data.plan import Layout, StepPlan
-from rm.model.load import load_tokenizer
+from rm.data.tokenizer import load_tokenizer
 
 
 def main() -> None:

@@ -170,7 +170,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
     from rm.data.mixture import load_data
     from rm.data.plan import Layout, StepPlan
-    from rm.model.load import load_reward_model, load_tokenizer
+    from rm.data.tokenizer import load_tokenizer
+    from rm.model.load import load_reward_model
 
     config = make_config(args, eval_fraction=0.01, max_train_samples=args.prompts, equal_scores=args.equal_scores)
     tokenizer = load_tokenizer(config)

@@ -204,7 +204,7 @@ def test_lists_of_texts(data_of, tokenizer):
 
 
 WRONG_COLUMNS = [
-    ([{"chosen": "a"}], r"rows.jsonl: unknown layout; its columns are chosen \(text\); map them with options, perhaps"),
+    ([{"chosen": "a"}], r"rows.jsonl: unknown layout; its columns are chosen \(text\); docs/data.md has"),
     ([{"chosen": 1, "rejected": 2}], "row 1: 'chosen' is a number, expected text or messages$"),
     ([{"chosen": "a", "rejected": None}], r"row 1: 'rejected' is missing \(null\), expected text or messages$"),
     ([{"chosen": "a", "rejected": say("hi")}], "row 1: 'chosen' is text, 'rejected' is messages; they must be"),

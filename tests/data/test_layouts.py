@@ -47,6 +47,10 @@ LAYOUTS = {  # name of the case: (row, layout, prompt, answers, comparisons)
                              "pair", "a ", ["b", "c"], TWO),
     "alpaca with history": ({"instruction": "a", "input": "", "history": [["x", "y"]], "chosen": "b", "rejected": "c"},
                             "pair", say("x", "y", "a"), [answer("b"), answer("c")], TWO),
+    "prompt with history": ({"query": "a", "history": [["x", "y"]], "response": "b", "rejected_response": "c"},
+                            "swift_response", say("x", "y", "a"), [answer("b"), answer("c")], TWO),
+    "one chosen and several rejected": ({"prompt": "a ", "chosen": "b", "rejected": ["c", "d"]},
+                                        "pair", "a ", ["b", "c", "d"], [(0, 1), (0, 2)]),
     "sharegpt": ({"conversations": [human("a")], "chosen": {"from": "gpt", "value": "b"},
                   "rejected": {"from": "gpt", "value": "c"}}, "pair", say("a"), [answer("b"), answer("c")], TWO),
     "messages are the prompt": ({"messages": say("a"), "chosen": answer("b"), "rejected": answer("c")},
@@ -140,6 +144,7 @@ def test_options_choose_between_columns_of_a_layout(data_of, caplog):
     assert "text that is not read: completions.custom_system_prompt" in caplog.text
     assert examples(data_of([LAYOUTS["pku"][0]], preference_column="safer_response_id"))[0].comparisons == TWO
     assert data_of([row], margin_from_scores=True).comparisons["margin"].tolist() == [6.5]
+    assert data_of([LAYOUTS["shp"][0]], margin_from_scores=True).comparisons["margin"].tolist() == [8]  # votes
 
 
 def test_mapping_options(data_of, tokenizer):
@@ -151,6 +156,8 @@ def test_mapping_options(data_of, tokenizer):
     group = {"responses_column": "all", "prompt_column": "about.topic"}
     assert examples(data_of([row], scores_column="points", **group))[0].comparisons == SWAPPED
     assert examples(data_of([row], ranks_column="points", **group))[0].comparisons == TWO
+    for more in ({}, {"scores": [1, 2]}):  # the best answer is the first
+        assert examples(data_of([row | more], ranks_column="", **group))[0].comparisons == TWO
     both = row | {"chosen": "x", "rejected": "y", "prompt": "d "}
     assert examples(data_of([both], prompt_column="about.topic", **pair))[0].answers == ["b", "c"]
     assert examples(data_of([both]))[0].answers == ["x", "y"]
@@ -187,6 +194,29 @@ def test_a_prompt_in_an_unknown_column(data_of, caplog):
     nested = {"meta": {"topic": "x y", "by": "z"}, "chosen": "a b", "rejected": "d e"}
     with pytest.raises(InputError, match=r"meta\.topic is not read; set prompt_column=meta\.topic"):
         data_of([nested])
+    for turns in (["x y"], [{"speaker": "user", "text": "x y"}]):
+        with pytest.raises(
+            InputError, match="the answers begin differently, and dialog is not read; set prompt_column"
+        ):
+            data_of([{"dialog": turns, "chosen": "a b", "rejected": "d e", "tags": ["p", "q"]}])
+        with pytest.raises(InputError, match=r"row 1: prompt\[0\]"):  # a known name
+            data_of([{"query": turns, "chosen": "a b", "rejected": "d e"}])
+    with pytest.raises(InputError, match="topic is not read; set prompt_column=topic, or prompt_column= "):
+        data_of([row | {"system": "be kind"}])  # which both answers would begin with
+
+
+def test_the_prompt_beside_a_system_message(data_of):
+    row = {"system": "z", "messages": say("a"), "chosen": answer("b"), "rejected": answer("c")}
+    example = examples(data_of([row]))[0]
+    assert (example.prompt, example.answers) == (
+        [{"role": "system", "content": "z"}, *say("a")],
+        [answer("b"), answer("c")],
+    )
+
+
+def test_an_image_in_a_later_row(data_of):
+    with pytest.raises(InputError, match="rows.jsonl, row 2: images, audio or video: only text is read"):
+        data_of([GOOD | {"images": []}, GOOD | {"images": ["a.png"]}])
 
 
 H, A = "\n\nHuman: a\n\nAssistant:", "\n\nHuman:  a\nAssistant:"  # the same but for white space
@@ -233,6 +263,14 @@ def test_turns_of_text_become_messages_with_text_as_conversation(data_of):
     ({"query": say("x"), "texts": ["a", "b"], "points": [1, 2]}, {},
      r"unknown layout; its columns are query \(messages\), texts \(a list\), points \(a list\); .*"
      "responses_column=texts scores_column=points prompt_column=query$"),
+    ({"prompt": "a ", "response": "b", "rating": 4}, {}, "unpaired labels"),
+    ({"prompt": "a ", "pos_resp": "b", "neg_resp": "c"}, {}, ".*chosen_column=pos_resp rejected_column=neg_resp "),
+    ({"all": [{"by": "m", "says": "a b", "points": 2}]}, {}, ".*responses_column=all.says scores_column=all.points$"),
+    ({"q": "x", "texts": ["a", "b"]}, {},
+     ".*responses_column=texts ranks_column= prompt_column=q if the best answer is the first$"),
+    ({"q": "x", "a": "b", "b": "c", "winner": "a"}, {}, ".*; docs/data.md has the layouts, the mapping options, and "),
+    ({"chosen": {"text": "a", "n": 1}, "rejected": {"text": "b", "n": 2}}, {},
+     "row 1: 'chosen' is an object, but no message; name one of its fields by an option: chosen.text, chosen.n$"),
     (GOOD, {"prompt_column": "q"}, "prompt_column=q: there is no such column; there are chosen, rejected$"),
     (GOOD, {"chosen_column": "q"}, "chosen_column=q: there is no such column; there are chosen, rejected$"),
     (LAYOUTS["pku"][0] | {"better_response_id": 2}, {}, "row 1: 'better_response_id' is 2, expected one of 0, 1$"),
@@ -260,10 +298,12 @@ RECIPES = [  # (rows, rows that the recipe makes)
     ([GOOD | {"images": ["a.png"]}, GOOD | {"images": []}], [GOOD]),
     ([{"prompt": "a ", "reference": "b", "samples": ["c", "d"]}],
      [{"prompt": "a ", "chosen": ["b"], "rejected": ["c", "d"]}]),
+    ([{"prompt": "a ", "answer_a": "b", "answer_b": "c", "winner": winner} for winner in "AB"],
+     [{"prompt": "a ", "chosen": "b", "rejected": "c"}, {"prompt": "a ", "chosen": "c", "rejected": "b"}]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(len(RECIPES)))
 def test_recipes_of_the_documentation(data_of, tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("### Recipes")[2]

@@ -48,9 +48,14 @@ def test_every_kind_of_file(tmp_path, name):
 
 
 def test_csv_takes_text_as_it_stands_and_numbers_as_numbers(tmp_path):
-    (tmp_path / "rows.csv").write_text("chosen,rejected,margin\n007,1,0.5\n8,,2\n")
-    rows = load_source(str(tmp_path / "rows.csv"), split="train").dataset[:]
-    assert rows == {"chosen": ["007", "8"], "rejected": ["1", ""], "margin": [0.5, 2.0]}
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.csv").write_text("chosen,rejected,margin\n007,1,0.5\n8,,2\n")
+    for name in ("rows", "rows/rows.csv"):
+        rows = load_source(str(tmp_path / name), split="train").dataset[:]
+        assert rows == {"chosen": ["007", "8"], "rejected": ["1", ""], "margin": [0.5, 2.0]}
+    (tmp_path / "rows" / "rows.csv").write_text("chosen;rejected\na, b;c\n")
+    with pytest.raises(InputError, match="rows: the columns are separated by semicolons; separate them by commas"):
+        load_source(str(tmp_path / "rows"), split="train")
 
 
 # ---------------------------------------------------------------- exact paths and changed content
@@ -250,7 +255,7 @@ def test_a_url_and_a_hub_that_is_not_reached(monkeypatch):
     with pytest.raises(InputError, match="^https://host/a.jsonl: there is no such file or folder$"):
         load_source("https://host/a.jsonl", split="train")
     monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
-    problem = "no local file or folder, and the hub does not provide it: ConnectionError: Couldn't reach the Hub"
+    problem = "no local file or folder, and the hub has none: ConnectionError: Couldn't reach the Hub"
     with pytest.raises(InputError, match=f"^someone/pairs: {problem}$"):
         load_source("someone/pairs", split="train")
 

@@ -65,6 +65,11 @@ def test_parts_are_one_text_unless_the_template_walks_lists(data_of, tokenizer):
     walks = word_tokenizer(chat_template=WALKS)
     expected = "<|user|> hi x <|end|> <|assistant|> a x c x <|end|>", "<|user|> hi x <|end|> <|assistant|> b x <|end|>"
     assert decoded(data_of([row], walks), walks) == [expected]
+    plain = {"chosen": say("hi", "a"), "rejected": say("hi", "b")}  # would be walked letter by letter
+    expected = tuple(f"<|user|> hi x <|end|> <|assistant|> {word} x <|end|>" for word in "ab")
+    assert decoded(data_of([plain], walks), walks) == [expected]
+    rendered = {"prompt": "<|user|> hi x <|end|> <|assistant|> ", "chosen": "a x  <|end|>", "rejected": "b"}
+    assert decoded(data_of([rendered], walks), walks) == [expected]
 
 
 def test_a_prompt_of_text_may_be_a_message_in_parts(data_of, tokenizer):

@@ -97,6 +97,23 @@ def test_one_data_set_is_as_it_is_but_for_a_weight(load, files):
     assert report["fingerprint"] == twice.fingerprint != plain.fingerprint
 
 
+def test_an_option_may_name_a_column_of_each_set(load, tmp_path, tokenizer):
+    good = {"topic": "a ", "good": "b", "bad": "c", "strength": 2.0}
+    files = [
+        write(tmp_path / "good.jsonl", [good]),
+        write(tmp_path / "plain.jsonl", [{"chosen": "d", "rejected": "e"}]),
+    ]
+    test = {"good-test": files[0], "plain-test": files[1]}
+    columns = {"prompt": "topic", "chosen": "good", "rejected": "bad", "margin": "strength"}
+    by_set = {f"{role}_column": dict.fromkeys(("good", "good-test"), column) for role, column in columns.items()}
+    mixture, evaluation = load(dataset_name=files, eval_dataset_name=test, **by_set)
+    expected = [("a b <eos>", "a c <eos>"), ("d <eos>", "e <eos>")]
+    assert decoded(mixture, tokenizer) == decoded(evaluation, tokenizer) == expected
+    assert mixture.comparisons["margin"].tolist() == [2, 0]
+    with pytest.raises(InputError, match="^chosen_column: there is no data set 'god'; there are good, plain, test$"):
+        load(dataset_name=files, chosen_column={"god": "good"})
+
+
 def test_the_fingerprint_covers_the_mixture(load, files, tmp_path):
     first = load([1, 1.5, 2])[0].fingerprint
     moved = [write(tmp_path / f"moved-{i}.jsonl", rows) for i, rows in enumerate((TEXT, TALK, IDS))]

@@ -54,20 +54,26 @@ def test_rendered_text_has_the_tokens_of_its_conversation(data_of, writes_bos, b
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", 3)])
     for before, text in (([], RENDERED), (SYSTEM, f"<|system|> x <|end|> {RENDERED}")):
         talk = {side: before + messages for side, messages in TALK.items()}
-        row = {"chosen": bos + text, "rejected": bos + text.replace("> a <", "> b <")}
-        assert decoded(data_of([row], tokenizer), tokenizer) == decoded(data_of([talk], tokenizer), tokenizer)
-    cut = {"chosen": "<|user|> hi <|end|> <|assistant|> a", "rejected": RENDERED}
-    as_text = tuple(f"<bos> {text} <eos>" for text in cut.values())
-    assert decoded(data_of([cut], tokenizer), tokenizer) == [as_text]
+        rejected = text.replace("> a <", "> b <")
+        prompt = text.removesuffix("a <|end|>")  # with what makes the model answer
+        row = {"chosen": bos + text, "rejected": bos + rejected}
+        cut = {"chosen": bos + text.removesuffix(" <|end|>"), "rejected": f"{bos}{rejected} \n"}
+        apart = {"prompt": bos + prompt, "chosen": "a", "rejected": "b <|end|>"}
+        expected = decoded(data_of([talk], tokenizer), tokenizer)
+        for given, as_conversation in ((row, None), (cut, None), (apart, None), (apart, True)):
+            data = data_of([given], tokenizer, text_as_conversation=as_conversation)
+            assert decoded(data, tokenizer) == expected
+    other = {"chosen": f"{bos}hi a", "rejected": f"{bos}hi b"}  # is not of the template
+    assert decoded(data_of([other], tokenizer), tokenizer) == [("<bos> hi a <eos>", "<bos> hi b <eos>")]
 
 
-def test_a_rendered_prompt_that_is_rendered_again(data_of, caplog):
+def test_a_rendered_prompt_is_not_rendered_again(data_of, caplog):
     row = {"prompt": "<|user|> hi <|end|> <|assistant|> ", "chosen": "a", "rejected": "b"}
     with caplog.at_level("INFO"):
         assert data_of([row]).sets["rows"].encoding.format == "text_explicit_prompt"
-    assert "text_as_conversation" not in caplog.text
-    data_of([row], text_as_conversation=True)
-    assert "rows.jsonl: prompts are rendered twice; text_as_conversation=false keeps them text" in caplog.text
+        assert "text_as_conversation" not in caplog.text
+        data_of([row], text_as_conversation=True)
+    assert "rows.jsonl stays text: its prompts are rendered already" in caplog.text
 
 
 BLANK = {  # a pair with a blank answer beside a whole one

@@ -19,6 +19,7 @@ from rm.config.options import LossOptions
 from rm.evaluate import __main__ as program
 from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
 from rm.evaluate.rewardbench import PUBLISHED_PAIRS
+from rm.model.saved import recorded_config
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +293,13 @@ def test_rewards_that_are_not_finite(trained, evaluate, tmp_path, caplog):
         last["eval/loss"] == "NaN"
         and "the rewards of 1 of 3 evaluation comparisons are not finite: yeast" in caplog.text
     )
+
+
+def test_names_of_columns_are_not_those_of_the_run_for_other_data(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / "config.yaml").write_text("dataset_name: a.jsonl\nmargin_column: m\nprompt_column: q\nmax_length: 9\n")
+    same, other = (recorded_config(str(tmp_path), given) for given in ({}, {"dataset_name": "b.jsonl"}))
+    assert (same.margin_column, same.prompt_column) == ("m", "q")
+    assert (other.margin_column, other.prompt_column, other.max_length) == (None, None, 9)
+    assert "of the data of the run, not of these: prompt_column=q, margin_column=m; give them again" in caplog.text
+    assert recorded_config(str(tmp_path), {"dataset_name": "b.jsonl", "margin_column": "m"}).margin_column == "m"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import base, load, options
 
 from rm.config.errors import InputError
-from rm.model.load import load_saved_model, load_tokenizer
+from rm.data.tokenizer import load_tokenizer
+from rm.model.load import load_saved_model
 
 WEIGHTS = "model.safetensors"
 LATIN = '"\u00e9"'.encode("latin-1")  # a letter whose byte is not UTF-8

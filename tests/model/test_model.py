@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from rm.collate import collate
 from rm.config.errors import InputError
 from rm.data.plan import Layout, MicroBatch
+from rm.data.tokenizer import PAD_TOKEN, load_tokenizer
 from rm.forward import forward_batch, score_batch
 from rm.loss import pairwise_loss
 from rm.model import load as loader
 from rm.model import reward_model
-from rm.model.load import PAD_TOKEN, check_positions, load_saved_classifier, load_saved_model, load_tokenizer
+from rm.model.load import check_positions, load_saved_classifier, load_saved_model
 from rm.model.reward_model import RewardModel, find_head, max_positions, unwrapped
 
 TINY_LLAMA = str(ROOT / "configs" / "tiny_llama")

@@ -9,7 +9,8 @@ from conftest import CAUSAL, COMMON, ENCODERS, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from rm.config.options import RewardConfig
-from rm.model.load import load_reward_model, load_tokenizer
+from rm.data.tokenizer import load_tokenizer
+from rm.model.load import load_reward_model
 
 root = tempfile.TemporaryDirectory()
 atexit.register(root.cleanup)

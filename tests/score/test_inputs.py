@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from examples import IDS, TALK, say, word_tokenizer
+from examples import IDS, TALK, TEMPLATE, say, word_tokenizer
+from tokenizers import processors
 
 from rm.data.example import Encoding, RowError
 from rm.data.plan import Layout
@@ -81,8 +82,22 @@ def test_labels_have_no_effect(tokenizer):
 def test_rendered_text_and_stored_messages_have_the_tokens_of_messages(tokenizer):
     rendered = "<|user|> hi <|end|> <|assistant|> a <|end|>"
     records = [{"messages": say("hi", "a")}, {"messages": json.dumps(say("hi", "a"))}, {"text": rendered}]
-    found = sequences(encode_inputs(records, tokenizer, ENCODING))
-    assert found == [found[0]] * 3 and tokenizer.decode(found[0][0]) == rendered
+    prompt, answer = rendered[:-9], rendered[-9:]
+    records += [{"text": rendered[:-8]}, {"prompt": prompt, "response": answer}, {"prompt": prompt, "response": "a"}]
+    records += [{"prompt": prompt, "responses": ["a"]}, {"prompt": prompt, "completion": f"{answer}\n"}]
+    for as_conversation in (False, True):
+        encoding = dataclasses.replace(ENCODING, text_as_conversation=as_conversation)
+        found = sequences(encode_inputs(records, tokenizer, encoding))
+        assert found == [found[0]] * len(records) and tokenizer.decode(found[0][0]) == rendered
+
+
+def test_a_prompt_with_special_tokens_is_text():
+    """With BOS but not of the template, which would put it behind a second BOS."""
+    bos = word_tokenizer(bos_token="<bos>", chat_template="{{ bos_token }}" + TEMPLATE)
+    bos.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", 3)])
+    records = [{"prompt": "<bos> a ", "response": "b"}, {"text": "<bos> a b <eos>"}, {"text": "a b"}]
+    encoding = dataclasses.replace(ENCODING, text_as_conversation=True)
+    assert sequences(encode_inputs(records, bos, encoding)) == [[[3, 8, 9, 2]]] * 3
 
 
 def test_the_first_form_decides(tokenizer):

@@ -310,7 +310,7 @@ def test_an_output_of_another_model_input_or_option_is_not_continued(folders, co
     args = [f"--model={folders('full')}", "--input=x.jsonl", "--output=y.jsonl"]
     command(*args, lines=LINES[:1])
     whole = (tmp_path / "y.jsonl").read_bytes()
-    refused = "y.jsonl: it is of another input, model or options; give another --output, or remove it"
+    refused = "y.jsonl: of another input, model or options; give another --output, or remove it"
     other = [LINES[0] | {"responses": ANSWERS[::-1]}], [LINES[0] | {"id": "z"}], [LINES[3]], ["no JSON"], []
     for options, lines in (
         ([*args, "--normalize"], None), ([*args, "--only_rewards"], None), ([*args, "--rank"], None),

@@ -18,8 +18,9 @@ from rm.collate import collate
 from rm.config.errors import RunError
 from rm.config.options import RewardConfig
 from rm.data.plan import Layout, MicroBatch
+from rm.data.tokenizer import load_tokenizer
 from rm.forward import score_batch
-from rm.model.load import load_reward_model, load_saved_model, load_tokenizer
+from rm.model.load import load_reward_model, load_saved_model
 from rm.train.finish import save_model, verify_export
 
 
