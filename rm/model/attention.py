@@ -121,7 +121,7 @@ def attend_by_tree(module, query, key, value, attention_mask, pieces: list[Piece
                     torch.cat([row.narrow(2, prefix_start, prefix_size), part], 2)
                     for row, part in zip(rows, own, strict=True)
                 ]
-            mask = mask.view(1, 1, size, prefix_size + size)
+            mask = mask.view(1, 1, size, prefix_size + size).to(query_row.dtype)  # FSDP casts it to half precision
             outputs.append(sdpa_attention_forward(module, query_row.narrow(2, start, size), *own, mask, **options)[0])
     return torch.cat(outputs, dim=1).to(query.dtype), None
 

@@ -1,0 +1,55 @@
+"""FSDP2: weights, gradients and optimizer state in shards on all processes."""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
+
+from rm.model.reward_model import RewardModel, find_head, unwrapped
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """(model, optimizer) as Accelerate prepares them; under FSDP2 the model is sharded already. Collective."""
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(model, optimizer)
+    accelerator._models.append(model)  # `clip_grad_norm_` searches it here
+    return model, accelerator.prepare_optimizer(optimizer)
+
+
+def shard_model(model: RewardModel, accelerator: Accelerator) -> None:
+    """Under FSDP2, replace the weights of `model` by shards; otherwise do nothing. Collective.
+
+    Groups that are gathered together: each layer, the input embeddings, the head, and the rest. Under mixed precision
+    they are gathered in that type, trained weights are stored in float32, and gradients are reduced in float32. The
+    head always computes in float32. Accelerate has one policy for all modules, hence not `Accelerator.prepare`.
+
+    With `fsdp_cpu_ram_efficient_loading` only the main process needs weights: they are broadcast one by one.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    weights: dict[str, torch.Tensor] = {}
+    if half is not None:
+        for p in model.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+    if plugin.cpu_ram_efficient_loading:
+        weights = model.state_dict() if accelerator.is_main_process else {}
+        for module in model.modules():  # not the buffers: every process has computed them
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad))
+
+    options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    fully_shard(find_head(model.classifier), mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32), **options)
+    names = plugin.transformer_cls_names_to_wrap or model._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    for module in (*layers, unwrapped(model.classifier).get_input_embeddings()):
+        fully_shard(module, mp_policy=policy, **options)
+    fully_shard(model, mp_policy=policy, offload_policy=plugin.cpu_offload)
+    if plugin.cpu_ram_efficient_loading:
+        is_offloaded = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+        full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=is_offloaded)
+        set_model_state_dict(model, weights, options=full)
