@@ -56,8 +56,8 @@ class RewardModel(nn.Module):
         if neftune_noise_alpha is not None:
             activate_neftune(inner, neftune_noise_alpha)
         if self.is_causal:
-            inner.score.float()
-            find_head(classifier).__class__ = Float32Linear
+            for module in inner.score.float().modules():
+                module.__class__ = Float32Linear if type(module) is nn.Linear else type(module)
 
     def forward(self, input_ids, attention_mask, end_row, end_index, **packed) -> Tensor:
         """All outputs of the head, float32 [N, K], at the last tokens (end_row, end_index), int64 [N].

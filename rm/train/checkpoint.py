@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step-N` of `model.safetensors` (the trained weights), `optimizer.safetensors` and
 `optimizer.json` (its tensors, and the rest), `state.json` (see `TrainState`), and `manifest.json` with the size and
-sha256 of the others. It is read only if every file agrees with the manifest. Under DeepSpeed a folder in its own format
-(with pickles, for the same number of processes) replaces the first three.
+sha256 of the others. It is read only if every file agrees with the manifest. Under FSDP2 the folder `shards`, to which
+each process writes its own tensors, replaces the two files of tensors. Under DeepSpeed a folder in its own format (with
+pickles, for the same number of processes) replaces the first three.
 """
 
 import json
@@ -19,23 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
 
 from rm.config.errors import InputError, RunError
 from rm.config.files import damage, discard_folder, new_folder, publish_folder
 from rm.train.processes import on_main_process
 from rm.train.run_dir import Run, writing
+from rm.train.sharding import is_sharded, load_shards, read_shards, save_shards
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 WRAPPERS = r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\."  # prefixes that engines add to the names of weights
-TO_MAIN_PROCESS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+SHARDS, KINDS = "shards", ("weights/", "moments/")  # a folder, and prefixes of the names of tensors in it
 
 
 class Checkpoints:
@@ -66,24 +66,25 @@ class Checkpoints:
         final = self.run.folder / "checkpoints" / f"step-{self.state.step}"
         state = self.state.state_dict() | {"content": self.run.content, "config": self.run.record}
         state |= {"format": 2, "deepspeed_processes": self.accelerator.num_processes if self.is_deepspeed else None}
-        folder = on_main_process(self.accelerator, lambda: new_folder(final))
+        folder, digests = on_main_process(self.accelerator, lambda: new_folder(final)), {}
         if self.is_deepspeed:
             self.model.save_checkpoint(str(folder), "deepspeed", save_latest=False, exclude_frozen_parameters=True)
             self.accelerator.wait_for_everyone()
         else:
-            weights, moments = trained_weights(self.model), {}
-            if self.optimizer.state:  # it is empty before the first step, and torch would make a step to fill it
-                moments = get_optimizer_state_dict(self.model, self.optimizer, options=TO_MAIN_PROCESS)
+            weights, moments, rest = self._tensors(bool(self.optimizer.state))
+            if is_sharded(self.model):
+                with writing(str(final), folder):
+                    digests = save_shards(folder / SHARDS, in_one(weights, moments))
 
         def publish() -> None:
             with writing(str(final), folder):
                 if not self.is_deepspeed:
-                    tensors, rest = split_moments(moments)
-                    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors")
-                    save_file({name: m.contiguous() for name, m in tensors.items()}, folder / "optimizer.safetensors")
                     (folder / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
+                    for name, tensors in () if digests else (("model", weights), ("optimizer", moments)):
+                        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                        save_file(tensors, folder / f"{name}.safetensors")
                 (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-                publish_folder(folder, self.run.file(f"checkpoints/{final.name}"))
+                publish_folder(folder, self.run.file(f"checkpoints/{final.name}"), digests)
                 limit, kept = self.run.config.save_total_limit, self.state.best.step
                 for step, old in self.run.checkpoints()[:-limit] if limit else ():
                     if step != kept:
@@ -106,43 +107,65 @@ class Checkpoints:
         self.state.evaluation = {"step": best.step, "metrics": best.metrics}
         logger.info(f"the best evaluation, after step {best.step}, is saved ({best.metric} {best.summary[1]:.4f})")
 
+    def _tensors(self, with_optimizer: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """(trained weights, tensors of the optimizer, the rest of its state), on the CPU or as shards. Collective.
+
+        `with_optimizer`: torch makes a step without gradients to fill an empty state.
+        """
+        is_whole = not is_sharded(self.model)
+        options = StateDictOptions(full_state_dict=is_whole, cpu_offload=is_whole, ignore_frozen_params=True)
+        weights = {name: p.detach() for name, p in trained_parameters(self.model).items()}  # first: it reshards them
+        moments = get_optimizer_state_dict(self.model, self.optimizer, options=options) if with_optimizer else {}
+        return {name: w.cpu() if is_whole else w for name, w in weights.items()}, *split_moments(moments)
+
     def _load(self, path: Path, with_optimizer: bool) -> None:
-        """Load weights and optimizer state; without DeepSpeed the main process reads them."""
+        """Load weights and optimizer state. Each process reads its shards; other checkpoints the main process reads."""
         if self.is_deepspeed:
             self.model.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
             return
-        weights, moments = {}, {}
+        rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
+        with_optimizer = with_optimizer and bool(rest["groups"])
+        if is_sharded(self.model) and (path / SHARDS).is_dir():
+            weights, moments, _ = self._tensors(with_optimizer)
+            load_shards(path / SHARDS, in_one(weights, moments))
+            if with_optimizer:
+                state = join_moments(moments, rest, self.optimizer)
+                set_optimizer_state_dict(self.model, self.optimizer, state)
+            return
+        weights, moments, names = {}, {}, trained_parameters(self.model).keys()  # on every process: it reshards them
 
-        def read() -> bool:
-            weights.update(load_file(path / "model.safetensors"))
-            if missing := sorted(trained_parameters(self.model).keys() - weights.keys()):
+        def read() -> None:
+            found = [weights, moments if with_optimizer else {}]
+            if (path / SHARDS).is_dir():
+                for name, tensor in read_shards(path / SHARDS).items():
+                    kind, _, name = name.partition("/")
+                    found[KINDS.index(f"{kind}/")][name] = tensor
+            else:
+                for tensors, name in zip(found, ("model", "optimizer") if with_optimizer else ("model",), strict=False):
+                    tensors.update(load_file(path / f"{name}.safetensors"))
+            if missing := sorted(names - weights.keys()):
                 raise RunError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
-            rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-            if rest["groups"] and with_optimizer:
-                moments.update(join_moments(load_file(path / "optimizer.safetensors"), rest, self.optimizer))
-            return bool(moments)
 
-        has_moments, is_many = on_main_process(self.accelerator, read), self.accelerator.num_processes > 1
+        on_main_process(self.accelerator, read)
         # not strict: the checkpoint has no frozen weights
+        is_many = self.accelerator.num_processes > 1
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_many, strict=False)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the outermost weights stay unsharded after a forward pass
-        if has_moments:  # before the weights: torch may make a step to create the optimizer state
-            set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
+        if with_optimizer:  # before the weights: torch may make a step to create the optimizer state
+            state = join_moments(moments, rest, self.optimizer) if self.accelerator.is_main_process else {}
+            set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
         set_model_state_dict(self.model, weights, options=options)
 
 
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights on the CPU, under FSDP on the main process only. Collective."""
-    parameters = trained_parameters(model)
-    if not isinstance(model, FSDPModule):
-        return {name: p.detach().cpu() for name, p in parameters.items()}
-    return {name: w for name, w in get_model_state_dict(model, options=TO_MAIN_PROCESS).items() if name in parameters}
+def in_one(weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights and tensors of the optimizer in one dictionary, the names with the prefixes `KINDS`."""
+    return {kind + name: t for kind, part in zip(KINDS, (weights, moments), strict=True) for name, t in part.items()}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained weights by their names without prefixes of the engine; of a weight with two names, one."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()  # the outermost weights stay unsharded after a forward pass
     return {re.sub(WRAPPERS, "", name): p for name, p in model.named_parameters() if p.requires_grad}
 
 

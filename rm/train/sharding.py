@@ -1,12 +1,20 @@
 """FSDP2: weights, gradients and optimizer state in shards on all processes."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
+from rm.config.files import digest
 from rm.model.reward_model import RewardModel, find_head, unwrapped
 
 
@@ -31,7 +39,7 @@ def shard_model(model: RewardModel, accelerator: Accelerator) -> None:
         return
     plugin = accelerator.state.fsdp_plugin
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Tensor] = {}
     if half is not None:
         for p in model.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
@@ -53,3 +61,35 @@ def shard_model(model: RewardModel, accelerator: Accelerator) -> None:
         is_offloaded = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
         full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=is_offloaded)
         set_model_state_dict(model, weights, options=full)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def save_shards(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write a file of safetensors per process to `folder`, flushed to the disk. Collective.
+
+    Returns size and sha256 of all of them by "folder/file". Raises the error of the first process that failed, on every
+    process.
+    """
+    try:
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.api.CheckpointException as error:
+        raise min(error.failures.items())[1][0] from None
+    mine = folder.glob(f"shard-{dist.get_rank() + 1:05}-*")
+    found = gather_object([(f"{folder.name}/{path.name}", digest(path)) for path in mine])  # collective
+    return dict(found)
+
+
+def load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read what `save_shards` wrote with any number of processes into `tensors`, in place. Collective."""
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """All tensors that `save_shards` wrote, whole, on the CPU."""
+    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in stored.items()}
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return tensors
