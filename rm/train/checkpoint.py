@@ -29,12 +29,11 @@ from rm.config.errors import InputError, RunError
 from rm.config.files import damage, discard_folder, new_folder, publish_folder
 from rm.train.processes import on_main_process
 from rm.train.run_dir import Run, writing
-from rm.train.sharding import is_sharded, load_shards, read_shards, save_shards
+from rm.train.sharding import WRAPPERS, is_sharded, load_shards, read_shards, save_shards
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-WRAPPERS = r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\."  # prefixes that engines add to the names of weights
 SHARDS, KINDS = "shards", ("weights/", "moments/")  # a folder, and prefixes of the names of tensors in it
 
 

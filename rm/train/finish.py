@@ -5,21 +5,22 @@ import json
 import logging
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rm.config.errors import RunError
 from rm.config.files import finite, new_folder, read_json, write_file
@@ -32,9 +33,9 @@ from rm.model.load import load_saved_classifier, merge_saved_adapter
 from rm.model.reward_model import RewardModel, is_half_precision, unwrapped
 from rm.model.saved import reward_scale, sample_of, set_scale
 from rm.report.card import model_card
-from rm.train.checkpoint import WRAPPERS
 from rm.train.processes import on_main_process
 from rm.train.run_dir import Run, writing
+from rm.train.sharding import full_weights
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,7 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
     scale = reward_scale(np.concatenate(rewards)) if rewards else None
     is_half = is_half_precision(model, accelerator.mixed_precision, config.tf32)
     check = evaluator.export_check() | {"tolerance": 5e-2 if is_half else 1e-3}  # collective
-    is_sharded, options = isinstance(model, FSDPModule), StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options) if is_sharded else accelerator.get_state_dict(model)
+    parts = full_weights(model)  # collective, as every step of the iteration
     summary = state.means | state.evaluation["metrics"] | {"train/steps": state.step}
     if state.best.step is not None:
         summary["train/best_step"] = state.best.step
@@ -66,7 +66,10 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
     def save() -> None:
         export = new_folder(run.folder / "model")
         with writing(f"the model in {run.folder}", export):
-            save_model(unwrapped(model), weights, train_set.tokenizer, export, config, scale)
+            try:
+                save_model(unwrapped(model), parts, train_set.tokenizer, export, config, scale)
+            finally:
+                deque(parts, maxlen=0)  # the other processes wait for the rest
             sizes = run.publish(export)
         run.write_json("export_check.json", {"files": sizes} | check)
         saved = [read_json(run.folder / name) for name in sizes if name.endswith("adapter_config.json")]
@@ -85,6 +88,7 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
         }
         run.write_json("results.json", run.results)
 
+    deque(() if accelerator.is_main_process else parts, maxlen=0)
     on_main_process(accelerator, save)
     unwrapped(model).undo_liger()  # its kernels replace functions of transformers, with which the export is checked
     evaluator.log.close(run.results and run.results["summary"])
@@ -141,7 +145,7 @@ def write_report(folder: Path) -> None:
 
 def save_model(
     model: RewardModel,
-    weights: dict[str, Tensor],
+    parts: Iterable[dict[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: RewardConfig,
@@ -153,14 +157,25 @@ def save_model(
 
     Args:
         model: unwrapped; its own tensors are not read, since they may be shards.
-        weights: all of them, as `Accelerator.get_state_dict` returns them.
+        parts: its weights (`full_weights`); several parts become several files with an index.
         scale: mean and standard deviation of rewards, for the model's config; None: none, nor that of the base model.
     """
-    weights = {re.sub(WRAPPERS, "", name).removeprefix("classifier."): tensor for name, tensor in weights.items()}
     is_merged = config.merge_adapter and hasattr(model.classifier, "peft_config")
-    first = folder / "adapter" if is_merged else folder
+    first, written = folder / "adapter" if is_merged else folder, []
     set_scale(model.config, scale)
-    model.classifier.save_pretrained(first, state_dict=weights)
+    for part in parts:  # one after the other, so that one is in memory
+        part = {name.removeprefix("classifier."): tensor for name, tensor in part.items()}
+        model.classifier.save_pretrained(first, state_dict=part)
+        if (file := first / SAFE_WEIGHTS_NAME).exists():
+            written.append(file.rename(first / f".part-{len(written)}"))
+    index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
+    for i, file in enumerate(written, start=1):
+        name = f"model-{i:05}-of-{len(written):05}.safetensors" if len(written) > 1 else SAFE_WEIGHTS_NAME
+        index["metadata"]["total_size"] += file.stat().st_size
+        with safe_open(file.rename(first / name), "pt") as tensors:
+            index["weight_map"] |= dict.fromkeys(tensors.keys(), name)
+    if len(written) > 1:
+        (first / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
     tokenizer.save_pretrained(first)
     if is_merged:
         merged = merge_saved_adapter(str(first), tokenizer, config)

@@ -1,5 +1,7 @@
 """FSDP2: weights, gradients and optimizer state in shards on all processes."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rm.config.files import digest
 from rm.model.reward_model import RewardModel, find_head, unwrapped
+
+WRAPPERS = r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\."  # prefixes that engines add to the names of weights
+PART_BYTES = 5e9  # of one file of the final model
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
@@ -93,3 +99,45 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in stored.items()}
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
+
+
+@torch.no_grad()
+def full_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """All weights by name, whole. One process and DDP: one part. Otherwise in parts of about `PART_BYTES` on the CPU of
+    the main process, gathered one tensor at a time; an adapter in one part without its frozen base. Collective.
+
+    DeepSpeed: the float32 weights of its optimizer.
+    """
+    module, is_deepspeed = getattr(model, "module", model), hasattr(model, "zero_optimization_stage")
+    if not (is_deepspeed or is_sharded(model)):
+        yield {re.sub(WRAPPERS, "", name): tensor for name, tensor in module.state_dict().items()}
+        return
+    tensors, adapter = module.state_dict(keep_vars=True), getattr(module.classifier, "base_model", None)
+    is_adapter = hasattr(module.classifier, "peft_config")
+    tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    part, size = {}, 0
+    for name, tensor in tensors.items():
+        is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        if is_adapter and is_frozen and id(tensor) not in tables and adapter.prefix not in name:
+            continue
+        whole = whole_in_deepspeed(tensor) if is_deepspeed else tensor.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        if dist.get_rank() > 0:
+            continue
+        if size and size + whole.nbytes > PART_BYTES and not is_adapter:
+            yield part
+            part, size = {}, 0
+        part[re.sub(WRAPPERS, "", name)] = whole.cpu()
+        size += whole.nbytes
+    yield part
+
+
+def whole_in_deepspeed(tensor: Tensor) -> Tensor:
+    """A weight in float32 if it is trained, on every process. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.zero import GatheredParameters
+
+    if tensor.requires_grad:
+        return safe_get_full_fp32_param(tensor)
+    with GatheredParameters([tensor]):
+        return tensor.detach().clone()
