@@ -13,7 +13,11 @@ from rm.train import processes
 
 def sharding_accelerator(**given) -> Accelerator:
     """Accelerate shards on accelerators only: its state is set as it would be there. Options are variables FSDP_…"""
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
     accelerator, state = Accelerator(**given), AcceleratorState()
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if state.mixed_precision != "no":

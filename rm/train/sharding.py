@@ -12,9 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from rm.config.files import digest
@@ -45,15 +44,13 @@ def shard_model(model: RewardModel, accelerator: Accelerator) -> None:
         return
     plugin = accelerator.state.fsdp_plugin
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    weights: dict[str, Tensor] = {}
-    if half is not None:
-        for p in model.parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
-    if plugin.cpu_ram_efficient_loading:
-        weights = model.state_dict() if accelerator.is_main_process else {}
-        for module in model.modules():  # not the buffers: every process has computed them
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad))
+    is_lazy, shards = plugin.cpu_ram_efficient_loading, {}
+    weights = model.state_dict() if is_lazy else {}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            dtype = torch.float32 if half is not None and p.requires_grad else p.dtype
+            device = "meta" if is_lazy else p.device  # not the buffers: they are computed
+            setattr(module, name, nn.Parameter(p.detach().to(device, dtype), requires_grad=p.requires_grad))
 
     options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
@@ -63,10 +60,17 @@ def shard_model(model: RewardModel, accelerator: Accelerator) -> None:
     for module in (*layers, unwrapped(model.classifier).get_input_embeddings()):
         fully_shard(module, mp_policy=policy, **options)
     fully_shard(model, mp_policy=policy, offload_policy=plugin.cpu_offload)
-    if plugin.cpu_ram_efficient_loading:
-        is_offloaded = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
-        full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=is_offloaded)
-        set_model_state_dict(model, weights, options=full)
+    for name, shard in model.state_dict().items() if is_lazy else ():
+        whole = weights.pop(name)  # of other processes than the main one without content
+        empty = torch.empty_like(whole, device=accelerator.device, dtype=shard.dtype)
+        whole = whole.to(empty) if accelerator.is_main_process else empty
+        dist.broadcast(whole, src=0)
+        if isinstance(shard, DTensor):
+            whole = distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
+        is_offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        shards[name] = whole.cpu() if is_offloaded else whole
+    if is_lazy:
+        model.load_state_dict(shards, assign=True)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -134,8 +138,8 @@ def full_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def whole_in_deepspeed(tensor: Tensor) -> Tensor:
     """A weight in float32 if it is trained, on every process. Collective."""
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
 
     if tensor.requires_grad:
         return safe_get_full_fp32_param(tensor)

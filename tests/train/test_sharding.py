@@ -1,0 +1,237 @@
+"""FSDP2 with its real state: types, shares of gradients, loading by one process, checkpoints, the final model."""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from runs import SMALL, assert_same_bits, assert_same_run, lines, weights
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification
+
+from rm.config import files
+from rm.train.sharding import read_shards
+
+RUN = ["dataset_name=toy", *SMALL, "--micro_batch_tokens=300", "--save_steps=2", "--eval_steps=2"]
+LATEST = "--resume_from_checkpoint=latest"
+LORA = ["--use_peft", "--lora_target_modules=all-linear", "--lora_dropout=0"]
+
+# the types of rewards, loss and gradients, and of what is summed over processes
+TYPES = """
+import sys, torch, train_rm
+from accelerate import Accelerator
+seen = {}
+def note(name, tensor):
+    seen.setdefault(name, set()).add(str(tensor.dtype).removeprefix("torch."))
+forward, loss, clip = train_rm.concatenated_forward, train_rm.pairwise_loss, Accelerator.clip_grad_norm_
+scatter = torch.distributed.reduce_scatter_tensor
+def noted_forward(model, batch):
+    outputs = forward(model, batch)
+    note("rewards", outputs[0])
+    return outputs
+def noted_loss(*args, **kwargs):
+    values = loss(*args, **kwargs)
+    note("loss", values)
+    return values
+def noted_scatter(output, input, *args, **kwargs):
+    note("reduced", input)
+    return scatter(output, input, *args, **kwargs)
+def noted_clip(self, parameters, max_norm):
+    parameters = list(parameters)
+    for p in parameters:
+        if p.grad is not None:
+            note("gradients", p.grad)
+    print({name: sorted(found) for name, found in seen.items()}, file=sys.stderr)
+    return clip(self, parameters, max_norm)
+train_rm.concatenated_forward, train_rm.pairwise_loss = noted_forward, noted_loss
+torch.distributed.reduce_scatter_tensor, Accelerator.clip_grad_norm_ = noted_scatter, noted_clip
+"""
+HIDDEN = """
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+layer = LlamaDecoderLayer.forward
+def noted_layer(self, hidden, **kwargs):
+    note("hidden", hidden)
+    return layer(self, hidden, **kwargs)
+LlamaDecoderLayer.forward = noted_layer
+"""
+
+
+@pytest.mark.parametrize(
+    "engine, options, gradients, hidden",
+    [
+        ("ddp", ["--mixed_precision=bf16"], ["float32"], ["float32"]),  # the residual stream of autocast
+        ("fsdp2", ["--mixed_precision=bf16"], ["float32"], ["bfloat16"]),
+        (
+            "fsdp2",
+            ["--dtype=bfloat16"],
+            ["bfloat16", "float32"],
+            ["bfloat16"],
+        ),  # float32: the head
+    ],
+    ids=["ddp", "fsdp2", "fsdp2-bf16-weights"],
+)
+def test_types(zygote, fsdp_zygote, tmp_path, engine, options, gradients, hidden):
+    """Rewards, loss and reductions are float32; under FSDP2 hidden states are bf16."""
+    given = [*RUN, *options, "--max_steps=1", "--save_steps=0", "--output_dir=out"]
+    done = (zygote if engine == "ddp" else fsdp_zygote).run(2, given, tmp_path, fault=TYPES + HIDDEN)
+    found = eval(re.findall(r"^\{.*\}$", done.stderr, re.M)[0])
+    assert found.pop("reduced", ["float32"]) == ["float32"]
+    assert found == {"rewards": ["float32"], "loss": ["float32"], "gradients": gradients, "hidden": hidden}
+
+
+# after every backward pass, each process has at most its share of each gradient, rounded up
+SHARES = """
+import sys
+from accelerate import Accelerator
+backward, passes = Accelerator.backward, []
+def checked(self, loss):
+    backward(self, loss)
+    passes.append(1)
+    for p in self._models[0].parameters():
+        assert p.grad.to_local().numel() * 2 <= p.numel() + p[:1].numel(), "more than a share"
+    print(f"{len(passes)} backward passes", file=sys.stderr)
+def no_sync(self, model):
+    raise RuntimeError("without synchronization, each process holds the gradients of all weights")
+Accelerator.backward, Accelerator.no_sync = checked, no_sync
+"""
+
+
+def test_no_process_holds_a_full_gradient(fsdp_zygote, tmp_path):
+    given = [*RUN, "--max_steps=1", "--save_steps=0", "--micro_batch_tokens=100", "--output_dir=out"]
+    done = fsdp_zygote.run(2, given, tmp_path, fault=SHARES)
+    assert "4 backward passes" in done.stderr  # several micro-batches in one step
+
+
+@pytest.mark.parametrize("lora", [[], LORA], ids=["all", "lora"])
+def test_one_process_reads_the_weights(fsdp_zygote, tiny_model_folder, tmp_path, lora):
+    """With a new head, resized embeddings and an adapter: the same bits as if every process had read them."""
+    model = tiny_model_folder("llama", None)  # no pad token: the embeddings grow by one
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"chosen": f"w{i % 50 + 3} w7 w9", "rejected": f"w{i % 50 + 3} w8"}) for i in range(60))
+    )
+    given = [
+        *SMALL,
+        "--dataset_name=rows.jsonl",
+        f"--model_name_or_path={model}",
+        "--eval_fraction=0.2",
+        *lora,
+    ]
+    given += ["--max_train_samples=none", "--max_eval_samples=none", "--max_steps=3"]
+    for name in ("false", "true"):
+        env = {"FSDP_CPU_RAM_EFFICIENT_LOADING": name}
+        fsdp_zygote.run(2, [*given, f"--output_dir={name}"], tmp_path, fault=META if name == "true" else "", **env)
+    assert_same_bits(tmp_path / "false", tmp_path / "true")
+    assert (tmp_path / "meta").exists()
+
+
+META = """
+import train_rm, os
+shard = train_rm.shard_model
+def checked(model, accelerator):
+    if os.environ["RANK"] == "1":
+        devices = [p.device.type for name, p in model.named_parameters() if "lora" not in name and "score" not in name]
+        assert set(devices) == {"meta"}, devices
+        open("meta", "w").close()
+    shard(model, accelerator)
+train_rm.shard_model = checked
+"""
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def whole(fsdp_zygote, tmp_path_factory):
+    """A run of four steps on two processes, with checkpoints after steps 2 and 4."""
+    cwd = tmp_path_factory.mktemp("whole")
+    fsdp_zygote.run(2, [*RUN, "--output_dir=run"], cwd)
+    return cwd / "run"
+
+
+def test_a_checkpoint_has_a_file_of_each_process(whole):
+    folder = whole / "checkpoints" / "step-2"
+    shards = [f"shards/shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert sorted(manifest) == ["optimizer.json", *shards, "state.json"]
+    assert all(manifest[name] == files.digest(folder / name) for name in manifest)
+    sizes = [manifest[name]["size"] for name in shards]
+    assert 0.8 < sizes[0] / sizes[1] < 1.25  # nothing is gathered
+    tensors = read_shards(folder / "shards")
+    assert tensors["weights/classifier.score.weight"].shape == (1, 32)
+    assert {name.split("/")[-1] for name in tensors if name.startswith("moments")} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("count, engine", [(2, "fsdp"), (3, "fsdp"), (1, "one"), (2, "ddp")])
+def test_it_resumes_on_any_number_of_processes(whole, zygote, fsdp_zygote, tmp_path, count, engine):
+    shutil.copytree(whole, tmp_path / "run")
+    given = [*RUN, "--output_dir=run", "--resume_from_checkpoint=run/checkpoints/step-2"]
+    (fsdp_zygote if engine == "fsdp" else zygote).run(count, given, tmp_path)
+    if (count, engine) == (2, "fsdp"):
+        assert_same_bits(whole, tmp_path / "run", also_kept=False)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [flip_bit, os.remove, lambda path: os.truncate(path, 99)], ids=["bit", "gone", "cut"])
+def test_a_damaged_shard_is_found(whole, fsdp_zygote, tmp_path, harm):
+    shutil.copytree(whole / "checkpoints" / "step-2", tmp_path / "step-2")
+    assert files.damage(tmp_path / "step-2", "state.json") is None
+    harm(tmp_path / "step-2" / "shards" / "shard-00002-model-00001-of-00001.safetensors")
+    assert "shards/shard-00002-model-00001-of-00001.safetensors" in files.damage(tmp_path / "step-2", "state.json")
+
+
+FULL = """
+import os, resource
+from rm.train import checkpoint
+save, calls = checkpoint.save_shards, []
+def full(*args):
+    calls.append(1)
+    limit = 20_000 if len(calls) == 2 and os.environ["RANK"] == "1" else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        return save(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+checkpoint.save_shards = full
+"""
+
+
+def test_a_disk_that_is_full_for_one_process(whole, fsdp_zygote, tmp_path):
+    runs = fsdp_zygote.start_many(2, [*RUN, "--output_dir=run"], tmp_path, fault=FULL)
+    assert [run.wait() for run in runs] == [1, 1]
+    message = runs[0].stderr.strip().splitlines()[-1]
+    assert message.startswith("error: run/checkpoints/step-4 cannot be written (") and "File too large" in message
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    fsdp_zygote.run(2, [*RUN, "--output_dir=run", LATEST], tmp_path)
+    assert_same_bits(whole, tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------- the final model
+
+
+def test_the_model_is_written_in_parts(whole, fsdp_zygote, tmp_path):
+    """transformers reads them as one model; the parts are limited in size."""
+    small = "import rm.train.sharding as sharding\nsharding.PART_BYTES = 40_000"
+    fsdp_zygote.run(2, [*RUN, "--output_dir=run"], tmp_path, fault=small)
+    names = sorted(path.name for path in (tmp_path / "run").glob("*.safetensors"))
+    assert (
+        names == [f"model-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)] and len(names) > 1
+    )
+    index = json.loads((tmp_path / "run" / "model.safetensors.index.json").read_text())["weight_map"]
+    for name in names:
+        with safe_open(tmp_path / "run" / name, "pt") as part:
+            assert {key for key, file in index.items() if file == name} == set(part.keys())
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights(whole)[name]), name
+    check = json.loads((tmp_path / "run" / "finished.json").read_text())["export_check"]
+    assert check["passed"] and check["sequences"] == 16
+    np.testing.assert_array_equal(lines(whole), lines(tmp_path / "run"))
