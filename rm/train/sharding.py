@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rm.model.reward_model import RewardModel, find_head, unwrapped
 
 WRAPPERS = r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\."  # prefixes that engines add to the names of weights
 PART_BYTES = 5e9  # of one file of the final model
+FILE_BYTES = 500e6  # of one file of a checkpoint, which is in memory twice while it is written
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
@@ -83,8 +85,10 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str,
     Returns size and sha256 of all of them by "folder/file". Raises the error of the first process that failed, on every
     process.
     """
+    starts = accumulate((tensor.nbytes / dist.get_world_size() for tensor in tensors.values()), initial=0)
+    files = {name: 1 + int(start // FILE_BYTES) for name, start in zip(tensors, starts, strict=False)}
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), files, save_distributed=True))
     except dcp.api.CheckpointException as error:
         raise min(error.failures.items())[1][0] from None
     mine = folder.glob(f"shard-{dist.get_rank() + 1:05}-*")

@@ -2,15 +2,16 @@
 
 import json
 import os
+import random
 import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, assert_same_bits, assert_same_run, lines, weights
+from runs import ROOT, SMALL, assert_same_bits, assert_same_run, lines, weights
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rm.config import files
 from rm.train.sharding import read_shards
@@ -214,6 +215,50 @@ def test_a_disk_that_is_full_for_one_process(whole, fsdp_zygote, tmp_path):
     assert_same_bits(whole, tmp_path / "run")
 
 
+KILL_AT = """
+import os, pathlib
+from rm.config import files
+from rm.train import checkpoint, sharding
+count = [0]
+def kill(function):
+    def counted(*args, **kwargs):
+        count[0] += 1
+        if count[0] == {n} and os.environ["RANK"] == "{rank}":
+            os.kill(os.getpid(), 9)
+        return function(*args, **kwargs)
+    return counted
+save = checkpoint.Checkpoints.save
+def counting(self):
+    if self.state.step == 4:  # from here on, every operation on files counts
+        for owner, name in [(files, "fsync"), (files, "digest"), (sharding, "digest"), (os, "fsync"),
+                            (pathlib.Path, "rename"), (pathlib.Path, "write_text"), (pathlib.Path, "mkdir")]:
+            setattr(owner, name, kill(getattr(owner, name)))
+    save(self)
+    with open("saved-" + os.environ["RANK"], "w") as file:
+        file.write(str(count[0]))
+checkpoint.Checkpoints.save = counting
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_while_a_checkpoint_in_shards_is_written(whole, fsdp_zygote, tmp_path, rank):
+    """Four operations on files of one process, drawn from a printed seed; KILL_SEED=all tries every one."""
+    fsdp_zygote.run(2, [*RUN, "--output_dir=run"], tmp_path, fault=KILL_AT.format(n=0, rank=rank))
+    moments = range(1, int((tmp_path / f"saved-{rank}").read_text()) + 1)
+    seed = os.environ.get("KILL_SEED", str(random.randrange(10**6)))
+    print(f"KILL_SEED={seed}, {len(moments)} operations")
+    for n in moments if seed == "all" else random.Random(int(seed)).sample(moments, min(4, len(moments))):
+        fault = KILL_AT.format(n=n, rank=rank)
+        runs = fsdp_zygote.start_many(2, [*RUN, "--output_dir=run", "--overwrite_output_dir"], tmp_path, fault=fault)
+        assert runs[rank].wait() == -9
+        os.kill(runs[1 - rank].pid, 9)  # as torchrun does
+        runs[1 - rank].wait()
+        fsdp_zygote.run(2, [*RUN, "--output_dir=run", LATEST], tmp_path)
+        assert_same_bits(whole, tmp_path / "run", also_kept=False)
+        assert files.damage(tmp_path / "run" / "checkpoints" / "step-4", "state.json") is None
+
+
 # ---------------------------------------------------------------------------------------------- the final model
 
 
@@ -235,3 +280,59 @@ def test_the_model_is_written_in_parts(whole, fsdp_zygote, tmp_path):
     check = json.loads((tmp_path / "run" / "finished.json").read_text())["export_check"]
     assert check["passed"] and check["sequences"] == 16
     np.testing.assert_array_equal(lines(whole), lines(tmp_path / "run"))
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+PEAKS = """
+import os, sys, train_rm
+from rm.train import sharding
+sharding.FILE_BYTES = 40e6  # of some hundred MB of a process
+def peak(name):
+    status = dict(line.split(":") for line in open("/proc/self/status"))
+    print(f"{name} {int(status['VmHWM'].split()[0]) * 1024}", file=sys.stderr, flush=True)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+shard, finish = train_rm.shard_model, train_rm.finish_run
+def measured(model, accelerator):
+    shard(model, accelerator)
+    peak("loading")
+    with open("weights", "w") as file:
+        file.write(str(sum(p.numel() for p in model.parameters())))
+def stop(*_):
+    peak("training")
+    os._exit(0)
+peak("imports")
+train_rm.shard_model, train_rm.finish_run = measured, stop
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_four_processes(fsdp_zygote, tmp_path):
+    """A process needs its share, two groups and 10%; the one that reads the model also the model."""
+    size = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16, num_labels=1)
+    config = AutoConfig.from_pretrained(ROOT / "configs" / "tiny_llama", num_key_value_heads=16, head_dim=64, **size)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
+    for path in (ROOT / "configs" / "tiny_llama").glob("*"):
+        if path.name != "config.json":
+            shutil.copy(path, tmp_path / "model")
+    given = [*RUN, f"--model_name_or_path={tmp_path / 'model'}", "--gradient_checkpointing", "--micro_batch_tokens=64"]
+    given += ["--max_train_samples=24", "--max_eval_samples=4", "--train_batch_size=8", "--eval_steps=0"]
+    given += ["--max_steps=3", "--save_steps=2", "--mixed_precision=bf16", "--output_dir=out", "--num_print_samples=0"]
+    for part in ("first", "resumed"):
+        env = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        runs = fsdp_zygote.start_many(4, [*given, LATEST], tmp_path, fault=PEAKS, **env)
+        assert [run.wait(400) for run in runs] == [0] * 4, runs[0].stderr[-3000:]
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-3")
+        count = int((tmp_path / "weights").read_text())
+        share, groups = 16 * count / 4, 2 * 4 * count / 16  # weights, gradients, two moments; two of 16 layers
+        for rank, run in enumerate(runs):
+            peaks = {
+                name: int(value) for name, value in re.findall(r"^(imports|loading|training) (\d+)$", run.stderr, re.M)
+            }
+            used = {name: (peaks[name] - peaks["imports"]) / 1e6 for name in ("loading", "training")}
+            print(
+                part, rank, used, f"share {share / 1e6:.0f}, groups {groups / 1e6:.0f}, model {4 * count / 1e6:.0f} MB"
+            )
+            bound = 1.1 * (share + groups) / 1e6
+            assert used["training"] <= bound and used["loading"] <= bound + (4 * count / 1e6 if rank == 0 else 0)
+    assert "resumed from out/checkpoints/step-2" in runs[0].stderr
