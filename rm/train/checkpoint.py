@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
@@ -29,12 +30,12 @@ from rm.config.errors import InputError, RunError
 from rm.config.files import damage, discard_folder, new_folder, publish_folder
 from rm.train.processes import on_main_process
 from rm.train.run_dir import Run, writing
-from rm.train.sharding import WRAPPERS, is_sharded, load_shards, read_shards, save_shards
+from rm.train.sharding import WRAPPERS, is_sharded, save_shards
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-SHARDS, KINDS = "shards", ("weights/", "moments/")  # a folder, and prefixes of the names of tensors in it
+SHARDS = "shards"  # the folder of a checkpoint with the files of all processes
 
 
 class Checkpoints:
@@ -73,14 +74,14 @@ class Checkpoints:
             weights, moments, rest = self._tensors(bool(self.optimizer.state))
             if is_sharded(self.model):
                 with writing(str(final), folder):
-                    digests = save_shards(folder / SHARDS, in_one(weights, moments))
+                    digests = save_shards(folder / SHARDS, {**weights, **moments})
 
         def publish() -> None:
             with writing(str(final), folder):
                 if not self.is_deepspeed:
                     (folder / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
                     for name, tensors in () if digests else (("model", weights), ("optimizer", moments)):
-                        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
                         save_file(tensors, folder / f"{name}.safetensors")
                 (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
                 publish_folder(folder, self.run.file(f"checkpoints/{final.name}"), digests)
@@ -107,57 +108,30 @@ class Checkpoints:
         logger.info(f"the best evaluation, after step {best.step}, is saved ({best.metric} {best.summary[1]:.4f})")
 
     def _tensors(self, with_optimizer: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """(trained weights, tensors of the optimizer, the rest of its state), on the CPU or as shards. Collective.
+        """(trained weights, tensors of the optimizer, the rest of its state): the tensors or shards of this process.
 
-        `with_optimizer`: torch makes a step without gradients to fill an empty state.
+        `with_optimizer`: if its state is empty, torch makes a step without gradients to fill it.
         """
-        is_whole = not is_sharded(self.model)
-        options = StateDictOptions(full_state_dict=is_whole, cpu_offload=is_whole, ignore_frozen_params=True)
         weights = {name: p.detach() for name, p in trained_parameters(self.model).items()}  # first: it reshards them
+        options = StateDictOptions(ignore_frozen_params=True)
         moments = get_optimizer_state_dict(self.model, self.optimizer, options=options) if with_optimizer else {}
-        return {name: w.cpu() if is_whole else w for name, w in weights.items()}, *split_moments(moments)
+        return weights, *split_moments(moments)
 
     def _load(self, path: Path, with_optimizer: bool) -> None:
-        """Load weights and optimizer state. Each process reads its shards; other checkpoints the main process reads."""
+        """Load weights and optimizer state, which any number of processes has written. Each process reads its part."""
         if self.is_deepspeed:
             self.model.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
             return
         rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-        with_optimizer = with_optimizer and bool(rest["groups"])
-        if is_sharded(self.model) and (path / SHARDS).is_dir():
-            weights, moments, _ = self._tensors(with_optimizer)
-            load_shards(path / SHARDS, in_one(weights, moments))
-            if with_optimizer:
-                state = join_moments(moments, rest, self.optimizer)
-                set_optimizer_state_dict(self.model, self.optimizer, state)
-            return
-        weights, moments, names = {}, {}, trained_parameters(self.model).keys()  # on every process: it reshards them
-
-        def read() -> None:
-            found = [weights, moments if with_optimizer else {}]
-            if (path / SHARDS).is_dir():
-                for name, tensor in read_shards(path / SHARDS).items():
-                    kind, _, name = name.partition("/")
-                    found[KINDS.index(f"{kind}/")][name] = tensor
-            else:
-                for tensors, name in zip(found, ("model", "optimizer") if with_optimizer else ("model",), strict=False):
-                    tensors.update(load_file(path / f"{name}.safetensors"))
-            if missing := sorted(names - weights.keys()):
-                raise RunError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
-
-        on_main_process(self.accelerator, read)
-        # not strict: the checkpoint has no frozen weights
-        is_many = self.accelerator.num_processes > 1
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_many, strict=False)
-        if with_optimizer:  # before the weights: torch may make a step to create the optimizer state
-            state = join_moments(moments, rest, self.optimizer) if self.accelerator.is_main_process else {}
-            set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
-        set_model_state_dict(self.model, weights, options=options)
-
-
-def in_one(weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights and tensors of the optimizer in one dictionary, the names with the prefixes `KINDS`."""
-    return {kind + name: t for kind, part in zip(KINDS, (weights, moments), strict=True) for name, t in part.items()}
+        weights, moments, _ = self._tensors(with_optimizer and bool(rest["groups"]))
+        reader = HuggingFaceStorageReader(str(path / SHARDS if (path / SHARDS).is_dir() else path))
+        stored = reader.read_metadata().state_dict_metadata
+        if missing := sorted(weights.keys() - stored):
+            raise RunError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
+        moments = {name: moment for name, moment in moments.items() if name in stored}
+        dcp.load({**weights, **moments}, storage_reader=reader, no_dist=not is_sharded(self.model))  # in place
+        if moments or rest["state"]:
+            set_optimizer_state_dict(self.model, self.optimizer, join_moments(moments, rest, self.optimizer))
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -96,19 +97,6 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str,
     return dict(found)
 
 
-def load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read what `save_shards` wrote with any number of processes into `tensors`, in place. Collective."""
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-
-
-def read_shards(folder: Path) -> dict[str, Tensor]:
-    """All tensors that `save_shards` wrote, whole, on the CPU."""
-    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in stored.items()}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    return tensors
-
-
 @torch.no_grad()
 def full_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """All weights by name, whole. One process and DDP: one part. Otherwise in parts of about `PART_BYTES` on the CPU of
@@ -120,6 +108,9 @@ def full_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     if not (is_deepspeed or is_sharded(model)):
         yield {re.sub(WRAPPERS, "", name): tensor for name, tensor in module.state_dict().items()}
         return
+    if is_deepspeed:
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
     tensors, adapter = module.state_dict(keep_vars=True), getattr(module.classifier, "base_model", None)
     is_adapter = hasattr(module.classifier, "peft_config")
     tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -128,8 +119,13 @@ def full_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         if is_adapter and is_frozen and id(tensor) not in tables and adapter.prefix not in name:
             continue
-        whole = whole_in_deepspeed(tensor) if is_deepspeed else tensor.detach()
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        if isinstance(tensor, DTensor):
+            whole = tensor.detach().full_tensor()
+        elif is_deepspeed and tensor.requires_grad:
+            whole = safe_get_full_fp32_param(tensor)
+        else:  # a buffer, or a frozen weight of DeepSpeed
+            with GatheredParameters([tensor]) if is_deepspeed else nullcontext():
+                whole = tensor.detach().clone()
         if dist.get_rank() > 0:
             continue
         if size and size + whole.nbytes > PART_BYTES and not is_adapter:
@@ -138,14 +134,3 @@ def full_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         part[re.sub(WRAPPERS, "", name)] = whole.cpu()
         size += whole.nbytes
     yield part
-
-
-def whole_in_deepspeed(tensor: Tensor) -> Tensor:
-    """A weight in float32 if it is trained, on every process. Collective."""
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    if tensor.requires_grad:
-        return safe_get_full_fp32_param(tensor)
-    with GatheredParameters([tensor]):
-        return tensor.detach().clone()

@@ -11,10 +11,10 @@ import pytest
 import torch
 from runs import ROOT, SMALL, assert_same_bits, assert_same_run, lines, weights
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rm.config import files
-from rm.train.sharding import read_shards
 
 RUN = ["dataset_name=toy", *SMALL, "--micro_batch_tokens=300", "--save_steps=2", "--eval_steps=2"]
 LATEST = "--resume_from_checkpoint=latest"
@@ -160,9 +160,9 @@ def test_a_checkpoint_has_a_file_of_each_process(whole):
     assert all(manifest[name] == files.digest(folder / name) for name in manifest)
     sizes = [manifest[name]["size"] for name in shards]
     assert 0.8 < sizes[0] / sizes[1] < 1.25  # nothing is gathered
-    tensors = read_shards(folder / "shards")
-    assert tensors["weights/classifier.score.weight"].shape == (1, 32)
-    assert {name.split("/")[-1] for name in tensors if name.startswith("moments")} == {"step", "exp_avg", "exp_avg_sq"}
+    parts = [load_file(folder / name) for name in shards]
+    for name in (f"classifier.model.norm.weight{moment}" for moment in ("", "/exp_avg", "/exp_avg_sq")):
+        assert [part[name].shape for part in parts] == [(16,), (16,)]
 
 
 @pytest.mark.parametrize("count, engine", [(2, "fsdp"), (3, "fsdp"), (1, "one"), (2, "ddp")])
@@ -307,21 +307,28 @@ train_rm.shard_model, train_rm.finish_run = measured, stop
 
 
 @pytest.mark.slow
-def test_memory_of_four_processes(fsdp_zygote, tmp_path):
-    """A process needs its share, two groups and 10%; the one that reads the model also the model."""
+def test_memory_of_four_processes(tmp_path, monkeypatch):
+    """A process needs its share, two groups and 10%; the one that reads the model also the model.
+
+    glibc gives freed memory back at once: otherwise the peak would be that of its heap.
+    """
+    from zygote import Zygote
+
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
+    zygote = Zygote("fsdp_on_cpu")
     size = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16, num_labels=1)
     config = AutoConfig.from_pretrained(ROOT / "configs" / "tiny_llama", num_key_value_heads=16, head_dim=64, **size)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
     for path in (ROOT / "configs" / "tiny_llama").glob("*"):
         if path.name != "config.json":
             shutil.copy(path, tmp_path / "model")
-    given = [*RUN, f"--model_name_or_path={tmp_path / 'model'}", "--gradient_checkpointing", "--micro_batch_tokens=64"]
-    given += ["--max_train_samples=24", "--max_eval_samples=4", "--train_batch_size=8", "--eval_steps=0"]
+    given = [*RUN, f"--model_name_or_path={tmp_path / 'model'}", "--gradient_checkpointing", "--micro_batch_tokens=512"]
+    given += ["--max_train_samples=24", "--max_eval_samples=4", "--train_batch_size=4", "--eval_steps=0"]
     given += ["--max_steps=3", "--save_steps=2", "--mixed_precision=bf16", "--output_dir=out", "--num_print_samples=0"]
     for part in ("first", "resumed"):
         env = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-        runs = fsdp_zygote.start_many(4, [*given, LATEST], tmp_path, fault=PEAKS, **env)
-        assert [run.wait(400) for run in runs] == [0] * 4, runs[0].stderr[-3000:]
+        runs = zygote.start_many(4, [*given, LATEST], tmp_path, fault=PEAKS, **env)
+        assert [run.wait(600) for run in runs] == [0] * 4, runs[0].stderr[-3000:]
         shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-3")
         count = int((tmp_path / "weights").read_text())
         share, groups = 16 * count / 4, 2 * 4 * count / 16  # weights, gradients, two moments; two of 16 layers
@@ -335,4 +342,5 @@ def test_memory_of_four_processes(fsdp_zygote, tmp_path):
             )
             bound = 1.1 * (share + groups) / 1e6
             assert used["training"] <= bound and used["loading"] <= bound + (4 * count / 1e6 if rank == 0 else 0)
+    zygote.close()
     assert "resumed from out/checkpoints/step-2" in runs[0].stderr
