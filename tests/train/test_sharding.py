@@ -290,9 +290,14 @@ from rm.train import sharding
 sharding.FILE_BYTES = 40e6  # of some hundred MB of a process
 def peak(name):
     status = dict(line.split(":") for line in open("/proc/self/status"))
-    print(f"{name} {int(status['VmHWM'].split()[0]) * 1024}", file=sys.stderr, flush=True)
+    size = status["VmRSS" if name == "imports" else "VmHWM"]
+    print(f"{name} {int(size.split()[0]) * 1024}", file=sys.stderr, flush=True)
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-shard, finish = train_rm.shard_model, train_rm.finish_run
+load, shard = train_rm.load_reward_model, train_rm.shard_model
+def before_the_model(*given):
+    import torch.distributed.checkpoint, transformers.models.llama.modeling_llama
+    peak("imports")
+    return load(*given)
 def measured(model, accelerator):
     shard(model, accelerator)
     peak("loading")
@@ -301,8 +306,7 @@ def measured(model, accelerator):
 def stop(*_):
     peak("training")
     os._exit(0)
-peak("imports")
-train_rm.shard_model, train_rm.finish_run = measured, stop
+train_rm.load_reward_model, train_rm.shard_model, train_rm.finish_run = before_the_model, measured, stop
 """
 
 
@@ -333,9 +337,7 @@ def test_memory_of_four_processes(tmp_path, monkeypatch):
         count = int((tmp_path / "weights").read_text())
         share, groups = 16 * count / 4, 2 * 4 * count / 16  # weights, gradients, two moments; two of 16 layers
         for rank, run in enumerate(runs):
-            peaks = {
-                name: int(value) for name, value in re.findall(r"^(imports|loading|training) (\d+)$", run.stderr, re.M)
-            }
+            peaks = {name: int(value) for name, value in re.findall(r"^([a-z]+) (\d+)$", run.stderr, re.M)}
             used = {name: (peaks[name] - peaks["imports"]) / 1e6 for name in ("loading", "training")}
             print(
                 part, rank, used, f"share {share / 1e6:.0f}, groups {groups / 1e6:.0f}, model {4 * count / 1e6:.0f} MB"
