@@ -50,7 +50,7 @@ from rm.train.finish import complete_run, finish_run
 from rm.train.optimizer import make_optimizer, make_scheduler
 from rm.train.processes import GradientAccumulation, Stopped, StopSignal, any_process, make_accelerator, seed_everything
 from rm.train.run_dir import Run
-from rm.train.sharding import prepare, shard_model
+from rm.train.sharding import shard_model
 from rm.train.state import BestEvaluation, TrainState
 
 logger = logging.getLogger("train_rm")
@@ -81,7 +81,10 @@ def main(argv: list[str]) -> dict:
     run.check_content(model, train_set, eval_set)  # collective: a resumed run has the same data and base model
     shard_model(model, accelerator)  # collective; under FSDP2 only, before the optimizer gets the weights
     optimizer = make_optimizer(model, config)
-    model, optimizer = prepare(accelerator, model, optimizer)
+    if accelerator.is_fsdp2:
+        optimizer = accelerator.prepare_optimizer(optimizer)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
     tolerance = 5e-2 if is_half_precision(model, accelerator.mixed_precision, config.tf32) else 1e-4
     pad_token_id = tokenizer.pad_token_id
     layout = choose_layout(config.layout, model, train_set, pad_token_id, tolerance)  # collective

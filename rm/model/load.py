@@ -79,8 +79,7 @@ def load_reward_model(tokenizer: Tokenizer, config: RewardConfig) -> RewardModel
 
     With `use_peft` an adapter over it is trained, a new one or the given one. Without it all weights are trained, or
     those in `trainable`; a given adapter is merged first, which changes no reward. Raises `InputError`.
-    With `fsdp_cpu_ram_efficient_loading`, weights are read by one process of each node and are on the meta device of
-    the others (`rm.train.sharding.shard_model`). Collective then.
+    With `fsdp_cpu_ram_efficient_loading`, one process of each node reads weights (`shard_model`). Collective then.
     """
     source = config.model_name_or_path
     name, revision, adapter = find_base(source, config.model_revision)
@@ -143,10 +142,8 @@ def load_reward_model(tokenizer: Tokenizer, config: RewardConfig) -> RewardModel
 
 
 def _open(name: str, revision: str, config: RewardConfig, attention: str | None, quantization: Any, is_empty=False):
-    """(sequence classifier with `NUM_OUTPUTS` labels, names of its weights that are not in the checkpoint).
-
-    `is_empty`: with weights on the meta device and computed buffers; no weights are read.
-    """
+    """(sequence classifier with `NUM_OUTPUTS` labels, names of its weights that are not in the checkpoint); `is_empty`:
+    with weights on the meta device."""
     if attention == "flex_attention":
         raise InputError("attn_implementation=flex_attention is not supported; use sdpa, or none for the default")
     failed, auto = f"'{name}' could not be loaded as a reward model", AutoModelForSequenceClassification

@@ -10,30 +10,28 @@ pickles, for the same number of processes) replaces the first three.
 import json
 import logging
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from rm.config.errors import InputError, RunError
 from rm.config.files import damage, discard_folder, new_folder, publish_folder
 from rm.train.processes import on_main_process
 from rm.train.run_dir import Run, writing
-from rm.train.sharding import WRAPPERS, is_sharded, save_shards
+from rm.train.sharding import WRAPPERS, save_shards
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process loads a checkpoint
 
 SHARDS = "shards"  # the folder of a checkpoint with the files of all processes
 
@@ -71,8 +69,8 @@ class Checkpoints:
             self.model.save_checkpoint(str(folder), "deepspeed", save_latest=False, exclude_frozen_parameters=True)
             self.accelerator.wait_for_everyone()
         else:
-            weights, moments, rest = self._tensors(bool(self.optimizer.state))
-            if is_sharded(self.model):
+            weights, moments, rest = self._tensors()
+            if isinstance(self.model, FSDPModule):
                 with writing(str(final), folder):
                     digests = save_shards(folder / SHARDS, {**weights, **moments})
 
@@ -107,55 +105,40 @@ class Checkpoints:
         self.state.evaluation = {"step": best.step, "metrics": best.metrics}
         logger.info(f"the best evaluation, after step {best.step}, is saved ({best.metric} {best.summary[1]:.4f})")
 
-    def _tensors(self, with_optimizer: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """(trained weights, tensors of the optimizer, the rest of its state): the tensors or shards of this process.
-
-        `with_optimizer`: if its state is empty, torch makes a step without gradients to fill it.
-        """
-        weights = {name: p.detach() for name, p in trained_parameters(self.model).items()}  # first: it reshards them
-        options = StateDictOptions(ignore_frozen_params=True)
-        moments = get_optimizer_state_dict(self.model, self.optimizer, options=options) if with_optimizer else {}
-        return weights, *split_moments(moments)
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """(trained weights by name, tensors of the optimizer by "weight/name", the rest of its state); no copies."""
+        parameters, moments, rest = trained_parameters(self.model), {}, {}
+        names = {p: name for name, p in parameters.items()}
+        for p, entries in self.optimizer.state.items():
+            for name, value in entries.items():
+                (moments if isinstance(value, Tensor) else rest)[f"{names[p]}/{name}"] = value
+        groups = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups if moments or rest]
+        return {name: p.detach() for name, p in parameters.items()}, moments, {"state": rest, "groups": groups}
 
     def _load(self, path: Path, with_optimizer: bool) -> None:
         """Load weights and optimizer state, which any number of processes has written. Each process reads its part."""
         if self.is_deepspeed:
             self.model.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
             return
-        rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-        weights, moments, _ = self._tensors(with_optimizer and bool(rest["groups"]))
+        rest, parameters = json.loads((path / "optimizer.json").read_text("utf-8")), trained_parameters(self.model)
+        if with_optimizer and rest["groups"]:
+            get_optimizer_state_dict(self.model, self.optimizer)  # makes a step without gradients to fill its state
         reader = HuggingFaceStorageReader(str(path / SHARDS if (path / SHARDS).is_dir() else path))
         stored = reader.read_metadata().state_dict_metadata
+        weights, moments, _ = self._tensors()
         if missing := sorted(weights.keys() - stored):
             raise RunError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
-        moments = {name: moment for name, moment in moments.items() if name in stored}
-        dcp.load({**weights, **moments}, storage_reader=reader, no_dist=not is_sharded(self.model))  # in place
-        if moments or rest["state"]:
-            set_optimizer_state_dict(self.model, self.optimizer, join_moments(moments, rest, self.optimizer))
+        if with_optimizer:
+            weights |= {name: moment for name, moment in moments.items() if name in stored}
+            for key, value in rest["state"].items():
+                weight, _, name = key.rpartition("/")
+                self.optimizer.state[parameters[weight]][name] = value
+        dcp.load(weights, storage_reader=reader, no_dist=not isinstance(self.model, FSDPModule))  # in place
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained weights by their names without prefixes of the engine; of a weight with two names, one."""
     for module in model.modules():
-        if is_sharded(module):
+        if isinstance(module, FSDPModule):
             module.reshard()  # the outermost weights stay unsharded after a forward pass
     return {re.sub(WRAPPERS, "", name): p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def split_moments(moments: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as (tensors by "weight/name", the rest for JSON), without hyperparameters."""
-    tensors, rest = {}, {}
-    for weight, entries in moments.get("state", {}).items():
-        for name, value in entries.items():
-            (tensors if isinstance(value, Tensor) else rest)[f"{weight}/{name}"] = value
-    return tensors, {"state": rest, "groups": [group["params"] for group in moments.get("param_groups", [])]}
-
-
-def join_moments(tensors: dict[str, Tensor], rest: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The inverse of `split_moments`, with the hyperparameters of `optimizer`."""
-    state: dict[str, dict[str, Any]] = {}
-    for key, value in {**tensors, **rest["state"]}.items():
-        weight, _, name = key.rpartition("/")
-        state.setdefault(weight, {})[name] = value
-    groups = [{**group, "params": names} for group, names in zip(optimizer.param_groups, rest["groups"], strict=True)]
-    return {"state": state, "param_groups": groups}

@@ -57,10 +57,10 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
     scale = reward_scale(np.concatenate(rewards)) if rewards else None
     check = evaluator.export_check()  # collective
     is_cast = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)  # autocast is off
-    engine = accelerator.mixed_precision if is_cast else "no"
-    check["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}.get(engine, config.dtype)
+    precision = accelerator.mixed_precision if is_cast else "no"
+    check["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, config.dtype)
     spread = float(np.std([reward for reward in check["rewards"] if np.isfinite(reward)] or [0.0]))
-    is_half = is_half_precision(model, engine, config.tf32)
+    is_half = is_half_precision(model, precision, config.tf32)
     check["tolerance"] = 0.1 * max(spread, 0.5) if is_half else 1e-3 * max(spread, 0.1)
     parts = full_weights(model)  # collective, as every step of the iteration
     summary = state.means | state.evaluation["metrics"] | {"train/steps": state.step}
@@ -179,14 +179,13 @@ def save_model(
         model.classifier.save_pretrained(first, state_dict=part)
         if (file := first / SAFE_WEIGHTS_NAME).exists():
             written.append(file.rename(first / f".part-{len(written)}"))
-    index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
+    places, is_many = {}, len(written) > 1
     for i, file in enumerate(written, start=1):
-        name = f"model-{i:05}-of-{len(written):05}.safetensors" if len(written) > 1 else SAFE_WEIGHTS_NAME
-        index["metadata"]["total_size"] += file.stat().st_size
+        name = f"model-{i:05}-of-{len(written):05}.safetensors" if is_many else SAFE_WEIGHTS_NAME
         with safe_open(file.rename(first / name), "pt") as tensors:
-            index["weight_map"] |= dict.fromkeys(tensors.keys(), name)
-    if len(written) > 1:
-        (first / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+            places |= dict.fromkeys(tensors.keys(), name)
+    if is_many:
+        (first / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}), "utf-8")
     tokenizer.save_pretrained(first)
     if is_merged:
         merged = merge_saved_adapter(str(first), tokenizer, config)
@@ -197,16 +196,13 @@ def save_model(
 
 
 @torch.no_grad()
-def verify_export(
-    folder: Path, check: dict[str, Any], config: RewardConfig, device: torch.device | str = "cpu"
-) -> dict[str, float | int]:
+def verify_export(folder: Path, check: dict[str, Any], config: RewardConfig, device="cpu") -> dict[str, float | int]:
     """Score the answers of `check` with the saved model and compare with the rewards of the evaluated model.
 
     Once as token ids in a padded batch through the model. A whole model is also opened as the model card describes,
     with `pipeline("text-classification", model=folder)`, and scores the texts that it tokenizes to the same ids.
-    `check` (export_check.json) has "sequences" of token ids, their "rewards", the largest difference that is allowed,
-    "tolerance", and the type of the weights in which they were computed, "dtype". The CPU takes the place of a GPU that
-    runs out of memory.
+    `check` (export_check.json) has "sequences" of token ids, their "rewards", the "dtype" in which these were computed,
+    and the largest "tolerance". The CPU takes the place of a GPU that runs out of memory.
 
     Returns the largest difference and the numbers of sequences compared. Raises `RunError` above the tolerance.
     """
@@ -222,9 +218,8 @@ def verify_export(
     def compare(what: str, found: np.ndarray, expected: np.ndarray) -> float:
         is_number = np.isfinite(expected)  # NaN in one answer of a packed row can spread to the other
         difference = float(np.abs(found - expected)[is_number].max(initial=0))
-        if not difference <= check["tolerance"]:  # NaN is not
-            allowed = f"allowed {check['tolerance']:.1g}"
-            raise RunError(f"{what} differs from the evaluated model by {difference:.3g}, {allowed}")
+        if not difference <= (bound := check["tolerance"]):  # NaN is not
+            raise RunError(f"{what} differs from the evaluated model by {difference:.3g}, allowed {bound:.1g}")
         return difference
 
     padded = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt").to(device)
@@ -236,8 +231,8 @@ def verify_export(
     is_whole = not (folder / "adapter_config.json").exists()  # the pipeline opens no adapters
     same = [i for i, found in enumerate(tokenized) if is_whole and found == ids[i]]
     if same:
-        options = {"function_to_apply": "none", "device": device, "trust_remote_code": config.trust_remote_code}
-        options["dtype"] = config.dtype
+        options = {"function_to_apply": "none", "device": device, "dtype": config.dtype}
+        options["trust_remote_code"] = config.trust_remote_code
         classify = pipeline("text-classification", model=str(folder), **options)
         answers = classify([texts[i] for i in same], batch_size=len(same), top_k=None, add_special_tokens=False)
         name = classify.model.config.id2label[0]

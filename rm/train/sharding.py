@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 
 from rm.config.files import digest
 from rm.model.reward_model import RewardModel, find_head, unwrapped
@@ -26,35 +24,24 @@ PART_BYTES = 5e9  # of one file of the final model
 FILE_BYTES = 500e6  # of one file of a checkpoint, which is in memory twice while it is written
 
 
-def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """(model, optimizer) as Accelerate prepares them; under FSDP2 the model is sharded already. Collective."""
-    if not accelerator.is_fsdp2:
-        return accelerator.prepare(model, optimizer)
-    accelerator._models.append(model)  # `clip_grad_norm_` searches it here
-    return model, accelerator.prepare_optimizer(optimizer)
-
-
 def shard_model(model: RewardModel, accelerator: Accelerator) -> None:
     """Under FSDP2, replace the weights of `model` by shards; otherwise do nothing. Collective.
 
-    Groups that are gathered together: each layer, the input embeddings, the head, and the rest. Under mixed precision
-    they are gathered in that type, trained weights are stored in float32, and gradients are reduced in float32. The
-    head always computes in float32. Accelerate has one policy for all modules, hence not `Accelerator.prepare`.
-
-    With `fsdp_cpu_ram_efficient_loading` only the main process needs weights: they are broadcast one by one.
+    Groups that are gathered together, in the type of mixed precision: each layer, the input embeddings, the rest; and
+    the head in float32, for which Accelerate has no policy. Trained weights are then stored, and gradients reduced, in
+    float32. With `fsdp_cpu_ram_efficient_loading` the weights of the main process are broadcast one by one.
     """
     if not accelerator.is_fsdp2:
         return
     plugin = accelerator.state.fsdp_plugin
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    is_lazy, shards = plugin.cpu_ram_efficient_loading, {}
-    weights = model.state_dict() if is_lazy else {}
+    weights, shards = model.state_dict() if plugin.cpu_ram_efficient_loading else {}, {}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             dtype = torch.float32 if half is not None and p.requires_grad else p.dtype
-            device = "meta" if is_lazy else p.device  # not the buffers: they are computed
+            device = "meta" if weights else p.device  # not the buffers: every process has computed them
             setattr(module, name, nn.Parameter(p.detach().to(device, dtype), requires_grad=p.requires_grad))
-
+    accelerator._models.append(model)  # `Accelerator.clip_grad_norm_` searches it here
     options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     fully_shard(find_head(model.classifier), mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32), **options)
@@ -63,28 +50,21 @@ def shard_model(model: RewardModel, accelerator: Accelerator) -> None:
     for module in (*layers, unwrapped(model.classifier).get_input_embeddings()):
         fully_shard(module, mp_policy=policy, **options)
     fully_shard(model, mp_policy=policy, offload_policy=plugin.cpu_offload)
-    for name, shard in model.state_dict().items() if is_lazy else ():
+    for name, shard in model.state_dict().items() if weights else ():
         whole = weights.pop(name)  # of other processes than the main one without content
         empty = torch.empty_like(whole, device=accelerator.device, dtype=shard.dtype)
-        whole = whole.to(empty) if accelerator.is_main_process else empty
-        dist.broadcast(whole, src=0)
+        dist.broadcast(whole := whole.to(empty) if accelerator.is_main_process else empty, src=0)
         if isinstance(shard, DTensor):
             whole = distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
-        is_offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-        shards[name] = whole.cpu() if is_offloaded else whole
-    if is_lazy:
+        shards[name] = whole.cpu() if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else whole
+    if shards:
         model.load_state_dict(shards, assign=True)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
-
-
 def save_shards(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Write a file of safetensors per process to `folder`, flushed to the disk. Collective.
+    """Write files of safetensors per process to `folder`, flushed to the disk; returns the digests of all by name.
 
-    Returns size and sha256 of all of them by "folder/file". Raises the error of the first process that failed, on every
-    process.
+    Raises the error of the first process that failed, on every process. Collective.
     """
     starts = accumulate((tensor.nbytes / dist.get_world_size() for tensor in tensors.values()), initial=0)
     files = {name: 1 + int(start // FILE_BYTES) for name, start in zip(tensors, starts, strict=False)}
@@ -93,44 +73,36 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str,
     except dcp.api.CheckpointException as error:
         raise min(error.failures.items())[1][0] from None
     mine = folder.glob(f"shard-{dist.get_rank() + 1:05}-*")
-    found = gather_object([(f"{folder.name}/{path.name}", digest(path)) for path in mine])  # collective
-    return dict(found)
+    return dict(gather_object([(f"{folder.name}/{path.name}", digest(path)) for path in mine]))  # collective
 
 
 @torch.no_grad()
 def full_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """All weights by name, whole. One process and DDP: one part. Otherwise in parts of about `PART_BYTES` on the CPU of
-    the main process, gathered one tensor at a time; an adapter in one part without its frozen base. Collective.
-
-    DeepSpeed: the float32 weights of its optimizer.
-    """
-    module, is_deepspeed = getattr(model, "module", model), hasattr(model, "zero_optimization_stage")
-    if not (is_deepspeed or is_sharded(model)):
-        yield {re.sub(WRAPPERS, "", name): tensor for name, tensor in module.state_dict().items()}
+    """All weights by name, whole. One process and DDP: one part. FSDP2 and DeepSpeed (in float32): parts of `PART_BYTES`
+    on the CPU of the main process, gathered by tensor; an adapter in one part without its frozen base. Collective."""
+    module, is_sharded = getattr(model, "module", model), isinstance(model, FSDPModule)
+    tensors = {re.sub(WRAPPERS, "", name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    if not (is_sharded or hasattr(model, "zero_optimization_stage")):
+        yield {name: tensor.detach() for name, tensor in tensors.items()}
         return
-    if is_deepspeed:
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-    tensors, adapter = module.state_dict(keep_vars=True), getattr(module.classifier, "base_model", None)
-    is_adapter = hasattr(module.classifier, "peft_config")
-    tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    tuner = module.classifier.base_model if hasattr(module.classifier, "peft_config") else None
+    kept = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     part, size = {}, 0
     for name, tensor in tensors.items():
-        is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        if is_adapter and is_frozen and id(tensor) not in tables and adapter.prefix not in name:
+        is_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad and id(tensor) not in kept
+        if tuner is not None and is_base and tuner.prefix not in name:
             continue
-        if isinstance(tensor, DTensor):
-            whole = tensor.detach().full_tensor()
-        elif is_deepspeed and tensor.requires_grad:
-            whole = safe_get_full_fp32_param(tensor)
-        else:  # a buffer, or a frozen weight of DeepSpeed
-            with GatheredParameters([tensor]) if is_deepspeed else nullcontext():
-                whole = tensor.detach().clone()
+        whole = tensor.full_tensor() if is_sharded and isinstance(tensor, DTensor) else tensor
+        if not is_sharded:
+            from deepspeed.runtime.zero import GatheredParameters
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            with GatheredParameters([tensor]):
+                whole = safe_get_full_fp32_param(tensor) if tensor.requires_grad else tensor.clone()
         if dist.get_rank() > 0:
             continue
-        if size and size + whole.nbytes > PART_BYTES and not is_adapter:
+        if size and size + whole.nbytes > PART_BYTES and tuner is None:
             yield part
             part, size = {}, 0
-        part[re.sub(WRAPPERS, "", name)] = whole.cpu()
-        size += whole.nbytes
+        part[name], size = whole.detach().cpu(), size + whole.nbytes
     yield part
