@@ -78,8 +78,8 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str,
 
 @torch.no_grad()
 def full_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """All weights by name, whole. One process, DDP: one part. FSDP2, DeepSpeed (in float32): parts of `PART_BYTES` on the
-    CPU of the main process, gathered by tensor; an adapter in one part without its frozen base. Collective."""
+    """All weights by name, whole; one part. FSDP2, DeepSpeed (in float32): parts of `PART_BYTES` on the CPU of the main
+    process, gathered by tensor; an adapter in one part without its frozen base. Collective."""
     module, is_sharded = getattr(model, "module", model), isinstance(model, FSDPModule)
     tensors = {re.sub(WRAPPERS, "", name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     if not (is_sharded or hasattr(model, "zero_optimization_stage")):
