@@ -50,6 +50,7 @@ from rm.train.finish import complete_run, finish_run
 from rm.train.optimizer import make_optimizer, make_scheduler
 from rm.train.processes import GradientAccumulation, Stopped, StopSignal, any_process, make_accelerator, seed_everything
 from rm.train.run_dir import Run
+from rm.train.sharding import shard_model
 from rm.train.state import BestEvaluation, TrainState
 
 logger = logging.getLogger("train_rm")
@@ -78,8 +79,12 @@ def main(argv: list[str]) -> dict:
     check_positions(config, max(train_set.audit["max_tokens"], eval_set.audit["max_tokens"]))
     model = load_reward_model(tokenizer, config)
     run.check_content(model, train_set, eval_set)  # collective: a resumed run has the same data and base model
+    shard_model(model, accelerator)  # collective; under FSDP2 only, before the optimizer gets the weights
     optimizer = make_optimizer(model, config)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_fsdp2:
+        optimizer = accelerator.prepare_optimizer(optimizer)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
     layout = choose_layout(config.layout, model, train_set, tokenizer.pad_token_id)  # collective
     logger.info(f"layout: {layout.name} ({layout.reason})")
     losses = {"bradley_terry": pairwise_loss, "plackett_luce": plackett_luce_loss}

@@ -19,7 +19,8 @@ def deepspeed_accelerator(**given) -> Accelerator:
 
 def run() -> int:
     """The stage is ACCELERATE_DEEPSPEED_ZERO_STAGE, 2 if that is not set."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
     os.environ |= {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "none" for what in ("OPTIMIZER", "PARAM")}
     os.environ |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "false", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
     PartialState(cpu=True)  # makes the gloo group

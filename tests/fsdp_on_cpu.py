@@ -1,9 +1,9 @@
-"""train_rm.py under FSDP2 without a GPU: Accelerate shards on accelerators only, so that its state is set by hand."""
+"""train_rm.py under FSDP2 without a GPU, with the state that `accelerate launch` makes on GPUs."""
 
 import os
 import sys
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -12,10 +12,19 @@ from rm.train import processes
 
 
 def sharding_accelerator(**given) -> Accelerator:
-    os.environ["FSDP_VERSION"] = "2"
+    """Accelerate shards on accelerators only: its state is set as it would be there. Options are variables FSDP_…"""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
     accelerator, state = Accelerator(**given), AcceleratorState()
-    options = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "reshard_after_forward": True}
-    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(**options)
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if state.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+    # both: an `AcceleratedOptimizer` reads the type again from the second one
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    assert accelerator.is_fsdp2
     return accelerator
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -89,10 +89,13 @@ def new_folder(final: Path) -> Path:
     return hidden
 
 
-def publish_folder(hidden: Path, final: Path) -> None:
-    """Add the manifest to a folder, flush all of it to the disk, and rename it to `final`. Raises OSError."""
-    files = sorted(path for path in hidden.rglob("*") if path.is_file())
-    manifest = {path.relative_to(hidden).as_posix(): digest(path) for path in files}
+def publish_folder(hidden: Path, final: Path, known: Mapping[str, Any] | None = None) -> None:
+    """Add the manifest to a folder, flush all of it to the disk, and rename it to `final`. Raises OSError.
+
+    `known`: digests of some of its files, by name.
+    """
+    names = sorted(path.relative_to(hidden).as_posix() for path in hidden.rglob("*") if path.is_file())
+    manifest = {name: (known or {}).get(name) or digest(hidden / name) for name in names}
     (hidden / MANIFEST).write_text(json.dumps(manifest, indent=2))
     for path in (*hidden.rglob("*"), hidden):
         fsync(path)

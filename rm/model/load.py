@@ -5,10 +5,13 @@ import re
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.distributed.utils import is_local_dist_rank_0
+from transformers.integrations import is_fsdp_enabled
 
 from rm.config.errors import InputError
 from rm.config.options import LoraOptions, RewardConfig
@@ -39,6 +42,7 @@ def load_reward_model(tokenizer: Tokenizer, config: RewardConfig) -> RewardModel
 
     With `use_peft` an adapter over it is trained, a new one or the given one. Without it all weights are trained, or
     those in `trainable`; a given adapter is merged first, which changes no reward. Raises `InputError`.
+    With `fsdp_cpu_ram_efficient_loading`, one process of each node reads weights (`shard_model`). Collective then.
     """
     source = config.model_name_or_path
     name, revision, adapter = find_base(source, config.model_revision)
@@ -47,7 +51,12 @@ def load_reward_model(tokenizer: Tokenizer, config: RewardConfig) -> RewardModel
     if adapter is not None and given:
         raise InputError(f"{given[0]}: the adapter '{source}' keeps its own configuration; leave the option out")
     torch.manual_seed(config.seed)  # before any weight is drawn
-    model, missing = _open(name, revision, config, config.attn_implementation, quantization_config(config))
+    is_empty = is_fsdp_enabled() and not is_local_dist_rank_0()  # cpu_ram_efficient_loading: the weights come later
+    quantization = quantization_config(config)
+    model, missing = _open(name, revision, config, config.attn_implementation, quantization, is_empty)
+    if is_fsdp_enabled():
+        missing, dtype = broadcast_object_list([missing, model.dtype])  # collective
+        model = model.to(dtype) if is_empty else model
     backbone = f"{model.base_model_prefix}."
     if lacking := [key for key in missing if key.startswith(backbone) and "pooler" not in key]:
         raise InputError(f"'{name}' lacks {len(lacking)} weights, among them {lacking[0]}")
@@ -95,8 +104,9 @@ def load_reward_model(tokenizer: Tokenizer, config: RewardConfig) -> RewardModel
     return reward_model
 
 
-def _open(name: str, revision: str, config: RewardConfig, attention: str | None, quantization: Any):
-    """(sequence classifier with `NUM_OUTPUTS` labels, names of its weights that are not in the checkpoint)."""
+def _open(name: str, revision: str, config: RewardConfig, attention: str | None, quantization: Any, is_empty=False):
+    """(sequence classifier with `NUM_OUTPUTS` labels, names of its weights that are not in the checkpoint); `is_empty`:
+    with weights on the meta device."""
     if attention == "flex_attention":
         raise InputError("attn_implementation=flex_attention is not supported; use sdpa, or none for the default")
     failed, auto = f"'{name}' could not be loaded as a reward model", AutoModelForSequenceClassification
@@ -111,6 +121,11 @@ def _open(name: str, revision: str, config: RewardConfig, attention: str | None,
             options["dtype"] = "float32" if config.dtype == "auto" else config.dtype
             model = auto.from_config(model_config, **options)
             return model, [k for k, _ in model.named_parameters() if not k.startswith(f"{model.base_model_prefix}.")]
+        if is_empty:
+            with torch.device("meta"):
+                kind = type(auto.from_config(model_config, **options))
+            del options["trust_remote_code"]
+            return kind.from_pretrained(None, config=model_config, state_dict={}, **options), []
         options |= dict(output_loading_info=True, ignore_mismatched_sizes=True, quantization_config=quantization)
         model, info = auto.from_pretrained(name, config=model_config, revision=revision, **options)
     for key, saved, expected in sorted(info["mismatched_keys"]):

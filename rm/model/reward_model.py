@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from transformers import PreTrainedConfig
@@ -30,6 +31,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, also if an engine has cast its weights (DeepSpeed) or its inputs."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
 class RewardModel(nn.Module):
     """`classifier`: a transformers sequence classifier with `NUM_OUTPUTS` labels, or a `PeftModel` around one.
 
@@ -48,7 +56,8 @@ class RewardModel(nn.Module):
         if neftune_noise_alpha is not None:
             activate_neftune(inner, neftune_noise_alpha)
         if self.is_causal:
-            inner.score.float()
+            for module in inner.score.float().modules():
+                module.__class__ = Float32Linear if type(module) is nn.Linear else type(module)
 
     def forward(self, input_ids, attention_mask, end_row, end_index, **packed) -> Tensor:
         """All outputs of the head, float32 [N, K], at the last tokens (end_row, end_index), int64 [N].
@@ -65,9 +74,8 @@ class RewardModel(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
                 hidden_RLD = inner.base_model(**options).last_hidden_state
             hidden_ND = hidden_RLD[end_row, end_index]
-            head_dtype = next(inner.score.parameters()).dtype  # float32, unless an engine casts all weights
             with torch.autocast(hidden_ND.device.type, enabled=False):
-                return inner.score(hidden_ND.to(head_dtype)).float()
+                return inner.score(hidden_ND)
 
 
 def offloaded(model: nn.Module) -> saved_tensors_hooks:

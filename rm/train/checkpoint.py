@@ -2,40 +2,38 @@
 
 A checkpoint is a folder `step-N` of `model.safetensors` (the trained weights), `optimizer.safetensors` and
 `optimizer.json` (its tensors, and the rest), `state.json` (see `TrainState`), and `manifest.json` with the size and
-sha256 of the others. It is read only if every file agrees with the manifest. Under DeepSpeed a folder in its own format
-(with pickles, for the same number of processes) replaces the first three.
+sha256 of the others. It is read only if every file agrees with the manifest. Under FSDP2 the folder `shards`, to which
+each process writes its own tensors, replaces the two files of tensors. Under DeepSpeed a folder in its own format (with
+pickles, for the same number of processes) replaces the first three.
 """
 
 import json
 import logging
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from rm.config.errors import InputError, RunError
 from rm.config.files import damage, discard_folder, new_folder, publish_folder
 from rm.train.processes import on_main_process
 from rm.train.run_dir import Run, writing
+from rm.train.sharding import WRAPPERS, save_shards
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process loads a checkpoint
 
-WRAPPERS = r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\."  # prefixes that engines add to the names of weights
-TO_MAIN_PROCESS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+SHARDS = "shards"  # the folder of a checkpoint with the files of all processes
 
 
 class Checkpoints:
@@ -66,24 +64,25 @@ class Checkpoints:
         final = self.run.folder / "checkpoints" / f"step-{self.state.step}"
         state = self.state.state_dict() | {"content": self.run.content, "config": self.run.record}
         state |= {"format": 2, "deepspeed_processes": self.accelerator.num_processes if self.is_deepspeed else None}
-        folder = on_main_process(self.accelerator, lambda: new_folder(final))
+        folder, digests = on_main_process(self.accelerator, lambda: new_folder(final)), {}
         if self.is_deepspeed:
             self.model.save_checkpoint(str(folder), "deepspeed", save_latest=False, exclude_frozen_parameters=True)
             self.accelerator.wait_for_everyone()
         else:
-            weights, moments = trained_weights(self.model), {}
-            if self.optimizer.state:  # it is empty before the first step, and torch would make a step to fill it
-                moments = get_optimizer_state_dict(self.model, self.optimizer, options=TO_MAIN_PROCESS)
+            weights, moments, rest = self._tensors()
+            if isinstance(self.model, FSDPModule):
+                with writing(str(final), folder):
+                    digests = save_shards(folder / SHARDS, {**weights, **moments})
 
         def publish() -> None:
             with writing(str(final), folder):
                 if not self.is_deepspeed:
-                    tensors, rest = split_moments(moments)
-                    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors")
-                    save_file({name: m.contiguous() for name, m in tensors.items()}, folder / "optimizer.safetensors")
                     (folder / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
+                    for name, tensors in () if digests else (("model", weights), ("optimizer", moments)):
+                        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+                        save_file(tensors, folder / f"{name}.safetensors")
                 (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-                publish_folder(folder, self.run.file(f"checkpoints/{final.name}"))
+                publish_folder(folder, self.run.file(f"checkpoints/{final.name}"), digests)
                 limit, kept = self.run.config.save_total_limit, self.state.best.step
                 for step, old in self.run.checkpoints()[:-limit] if limit else ():
                     if step != kept:
@@ -106,60 +105,40 @@ class Checkpoints:
         self.state.evaluation = {"step": best.step, "metrics": best.metrics}
         logger.info(f"the best evaluation, after step {best.step}, is saved ({best.metric} {best.summary[1]:.4f})")
 
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """(trained weights by name, tensors of the optimizer by "weight/name", the rest of its state); no copies."""
+        parameters, moments, rest = trained_parameters(self.model), {}, {}
+        names = {p: name for name, p in parameters.items()}
+        for p, entries in self.optimizer.state.items():
+            for name, value in entries.items():
+                (moments if isinstance(value, Tensor) else rest)[f"{names[p]}/{name}"] = value
+        groups = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups if moments or rest]
+        return {name: p.detach() for name, p in parameters.items()}, moments, {"state": rest, "groups": groups}
+
     def _load(self, path: Path, with_optimizer: bool) -> None:
-        """Load weights and optimizer state; without DeepSpeed the main process reads them."""
+        """Load weights and optimizer state, which any number of processes has written. Each process reads its part."""
         if self.is_deepspeed:
             self.model.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
             return
-        weights, moments = {}, {}
-
-        def read() -> bool:
-            weights.update(load_file(path / "model.safetensors"))
-            if missing := sorted(trained_parameters(self.model).keys() - weights.keys()):
-                raise RunError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
-            rest = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-            if rest["groups"] and with_optimizer:
-                moments.update(join_moments(load_file(path / "optimizer.safetensors"), rest, self.optimizer))
-            return bool(moments)
-
-        has_moments, is_many = on_main_process(self.accelerator, read), self.accelerator.num_processes > 1
-        # not strict: the checkpoint has no frozen weights
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_many, strict=False)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the outermost weights stay unsharded after a forward pass
-        if has_moments:  # before the weights: torch may make a step to create the optimizer state
-            set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
-        set_model_state_dict(self.model, weights, options=options)
-
-
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights on the CPU, under FSDP on the main process only. Collective."""
-    parameters = trained_parameters(model)
-    if not isinstance(model, FSDPModule):
-        return {name: p.detach().cpu() for name, p in parameters.items()}
-    return {name: w for name, w in get_model_state_dict(model, options=TO_MAIN_PROCESS).items() if name in parameters}
+        rest, parameters = json.loads((path / "optimizer.json").read_text("utf-8")), trained_parameters(self.model)
+        if with_optimizer and rest["groups"]:
+            get_optimizer_state_dict(self.model, self.optimizer)  # makes a step without gradients to fill its state
+        reader = HuggingFaceStorageReader(str(path / SHARDS if (path / SHARDS).is_dir() else path))
+        stored = reader.read_metadata().state_dict_metadata
+        weights, moments, _ = self._tensors()
+        if missing := sorted(weights.keys() - stored):
+            raise RunError(f"{path} lacks {len(missing)} weights of this model, among them {missing[0]}")
+        if with_optimizer:
+            weights |= {name: moment for name, moment in moments.items() if name in stored}
+            for key, value in rest["state"].items():
+                weight, _, name = key.rpartition("/")
+                self.optimizer.state[parameters[weight]][name] = value
+        dcp.load(weights, storage_reader=reader, no_dist=not isinstance(self.model, FSDPModule))  # in place
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained weights by their names without prefixes of the engine; of a weight with two names, one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the outermost weights stay unsharded after a forward pass
     return {re.sub(WRAPPERS, "", name): p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def split_moments(moments: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as (tensors by "weight/name", the rest for JSON), without hyperparameters."""
-    tensors, rest = {}, {}
-    for weight, entries in moments.get("state", {}).items():
-        for name, value in entries.items():
-            (tensors if isinstance(value, Tensor) else rest)[f"{weight}/{name}"] = value
-    return tensors, {"state": rest, "groups": [group["params"] for group in moments.get("param_groups", [])]}
-
-
-def join_moments(tensors: dict[str, Tensor], rest: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The inverse of `split_moments`, with the hyperparameters of `optimizer`."""
-    state: dict[str, dict[str, Any]] = {}
-    for key, value in {**tensors, **rest["state"]}.items():
-        weight, _, name = key.rpartition("/")
-        state.setdefault(weight, {})[name] = value
-    groups = [{**group, "params": names} for group, names in zip(optimizer.param_groups, rest["groups"], strict=True)]
-    return {"state": state, "param_groups": groups}

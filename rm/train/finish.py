@@ -5,21 +5,24 @@ import json
 import logging
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rm.config.errors import RunError
 from rm.config.files import finite, new_folder, read_json, write_file
@@ -32,9 +35,9 @@ from rm.model.load import load_saved_classifier, merge_saved_adapter
 from rm.model.reward_model import RewardModel, is_half_precision, unwrapped
 from rm.model.saved import reward_scale, sample_of, set_scale
 from rm.report.card import model_card
-from rm.train.checkpoint import WRAPPERS
 from rm.train.processes import on_main_process
 from rm.train.run_dir import Run, writing
+from rm.train.sharding import full_weights
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -52,10 +55,14 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
     sample = sample_of(len(train_set), config.num_normalization_samples, config.seed)
     rewards = evaluator.score(train_set, sample)  # collective
     scale = reward_scale(np.concatenate(rewards)) if rewards else None
-    is_half = is_half_precision(model, accelerator.mixed_precision, config.tf32)
-    check = evaluator.export_check() | {"tolerance": 5e-2 if is_half else 1e-3}  # collective
-    is_sharded, options = isinstance(model, FSDPModule), StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options) if is_sharded else accelerator.get_state_dict(model)
+    check = evaluator.export_check()  # collective
+    is_cast = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)  # autocast is off
+    precision = accelerator.mixed_precision if is_cast else "no"
+    check["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, config.dtype)
+    spread = float(np.std([reward for reward in check["rewards"] if np.isfinite(reward)] or [0.0]))
+    is_half = is_half_precision(model, precision, config.tf32)
+    check["tolerance"] = 0.1 * max(spread, 0.5) if is_half else 1e-3 * max(spread, 0.1)
+    parts = full_weights(model)  # collective, as every step of the iteration
     summary = state.means | state.evaluation["metrics"] | {"train/steps": state.step}
     if state.best.step is not None:
         summary["train/best_step"] = state.best.step
@@ -66,7 +73,10 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
     def save() -> None:
         export = new_folder(run.folder / "model")
         with writing(f"the model in {run.folder}", export):
-            save_model(unwrapped(model), weights, train_set.tokenizer, export, config, scale)
+            try:
+                save_model(unwrapped(model), parts, train_set.tokenizer, export, config, scale)
+            finally:
+                deque(parts, maxlen=0)  # the other processes wait for the rest
             sizes = run.publish(export)
         run.write_json("export_check.json", {"files": sizes} | check)
         saved = [read_json(run.folder / name) for name in sizes if name.endswith("adapter_config.json")]
@@ -85,6 +95,7 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
         }
         run.write_json("results.json", run.results)
 
+    deque(() if accelerator.is_main_process else parts, maxlen=0)
     on_main_process(accelerator, save)
     unwrapped(model).undo_liger()  # its kernels replace functions of transformers, with which the export is checked
     evaluator.log.close(run.results and run.results["summary"])
@@ -105,9 +116,13 @@ def complete_run(run: Run, accelerator: Accelerator) -> dict[str, Any]:
             run.write_text("README.md", model_card(run.results, name=run.name, repo_id=run.hub and run.hub.repo_id))
             write_report(run.file("report.html").parent)
             try:
-                check = {"passed": True} | verify_export(folder, read_json(folder / "export_check.json"), run.config)
+                expected = read_json(folder / "export_check.json")
+                check = {"passed": True} | verify_export(folder, expected, run.config, accelerator.device)
             except RunError as error:
                 check = {"passed": False, "problem": str(error)}
+            except Exception as error:  # a bug, or a model that transformers cannot run
+                logger.exception("the export check crashed")
+                check = {"passed": False, "problem": f"the export check crashed ({type(error).__name__})"}
         pushed = summary.get("hub", {})
         must_push = run.hub and not (pushed.get("pushed") and pushed["repo"] == run.hub.repo_id)
         if must_push:
@@ -141,7 +156,7 @@ def write_report(folder: Path) -> None:
 
 def save_model(
     model: RewardModel,
-    weights: dict[str, Tensor],
+    parts: Iterable[dict[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: RewardConfig,
@@ -153,14 +168,24 @@ def save_model(
 
     Args:
         model: unwrapped; its own tensors are not read, since they may be shards.
-        weights: all of them, as `Accelerator.get_state_dict` returns them.
+        parts: its weights (`full_weights`); several parts become several files with an index.
         scale: mean and standard deviation of rewards, for the model's config; None: none, nor that of the base model.
     """
-    weights = {re.sub(WRAPPERS, "", name).removeprefix("classifier."): tensor for name, tensor in weights.items()}
     is_merged = config.merge_adapter and hasattr(model.classifier, "peft_config")
-    first = folder / "adapter" if is_merged else folder
+    first, written = folder / "adapter" if is_merged else folder, []
     set_scale(model.config, scale)
-    model.classifier.save_pretrained(first, state_dict=weights)
+    for part in parts:  # one after the other, so that one is in memory
+        part = {name.removeprefix("classifier."): tensor for name, tensor in part.items()}
+        model.classifier.save_pretrained(first, state_dict=part)
+        if (file := first / SAFE_WEIGHTS_NAME).exists():
+            written.append(file.rename(first / f".part-{len(written)}"))
+    places, is_many = {}, len(written) > 1
+    for i, file in enumerate(written, start=1):
+        name = f"model-{i:05}-of-{len(written):05}.safetensors" if is_many else SAFE_WEIGHTS_NAME
+        with safe_open(file.rename(first / name), "pt") as tensors:
+            places |= dict.fromkeys(tensors.keys(), name)
+    if is_many:
+        (first / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}), "utf-8")
     tokenizer.save_pretrained(first)
     if is_merged:
         merged = merge_saved_adapter(str(first), tokenizer, config)
@@ -171,38 +196,43 @@ def save_model(
 
 
 @torch.no_grad()
-def verify_export(folder: Path, check: dict[str, Any], config: RewardConfig) -> dict[str, float | int]:
+def verify_export(folder: Path, check: dict[str, Any], config: RewardConfig, device="cpu") -> dict[str, float | int]:
     """Score the answers of `check` with the saved model and compare with the rewards of the evaluated model.
 
     Once as token ids in a padded batch through the model. A whole model is also opened as the model card describes,
     with `pipeline("text-classification", model=folder)`, and scores the texts that it tokenizes to the same ids.
-    `check` (export_check.json) has "sequences" of token ids, their "rewards", and the "tolerance" of differences,
-    relative to the largest reward (at least 1).
+    `check` (export_check.json) has "sequences" of token ids, their "rewards", the "dtype" in which these were computed,
+    and the largest "tolerance". The CPU takes the place of a GPU that runs out of memory.
 
     Returns the largest difference and the numbers of sequences compared. Raises `RunError` above the tolerance.
     """
+    config = replace(config, dtype=check.get("dtype", config.dtype))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     model = load_saved_classifier(str(folder), tokenizer, config).eval()
     ids, expected = check["sequences"], np.array(check["rewards"], dtype=np.float64)
-    bound = check["tolerance"] * max(1.0, float(np.abs(expected[np.isfinite(expected)]).max(initial=0)))
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:
+        return verify_export(folder, check, config)
 
     def compare(what: str, found: np.ndarray, expected: np.ndarray) -> float:
         is_number = np.isfinite(expected)  # NaN in one answer of a packed row can spread to the other
         difference = float(np.abs(found - expected)[is_number].max(initial=0))
-        if not difference <= bound:  # NaN is not
+        if not difference <= (bound := check["tolerance"]):  # NaN is not
             raise RunError(f"{what} differs from the evaluated model by {difference:.3g}, allowed {bound:.1g}")
         return difference
 
-    padded = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
+    padded = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt").to(device)
     logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0]
-    worst = compare(f"the model saved in {folder}", logits.double().numpy(), expected)
+    worst = compare(f"the model saved in {folder}", logits.double().cpu().numpy(), expected)
     del model  # the pipeline loads its own
     texts = [tokenizer.decode(s, skip_special_tokens=False) for s in ids]
     tokenized = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the texts have them
     is_whole = not (folder / "adapter_config.json").exists()  # the pipeline opens no adapters
     same = [i for i, found in enumerate(tokenized) if is_whole and found == ids[i]]
     if same:
-        options = {"function_to_apply": "none", "device": "cpu", "trust_remote_code": config.trust_remote_code}
+        options = {"function_to_apply": "none", "device": device, "dtype": config.dtype}
+        options["trust_remote_code"] = config.trust_remote_code
         classify = pipeline("text-classification", model=str(folder), **options)
         answers = classify([texts[i] for i in same], batch_size=len(same), top_k=None, add_special_tokens=False)
         name = classify.model.config.id2label[0]

@@ -64,6 +64,7 @@ def make_accelerator(config: RewardConfig) -> Accelerator:
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         # DeepSpeed clips gradients itself, and requires a batch size that has no effect here
         plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.max_grad_norm}
+        plugin.deepspeed_config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
         unset_hf_deepspeed_config()  # otherwise ZeRO-3 loads shards, on which no head can be initialized
     check_support(config, accelerator)
     set_tf32(config.tf32)
@@ -87,6 +88,9 @@ def check_support(config: RewardConfig, accelerator: Accelerator) -> None:
     for name, problem in problems.items():
         if getattr(config, name):
             raise InputError(f"{name}={getattr(config, name)}: {problem}")
+    plugin = accelerator.state.fsdp_plugin if engine == DistributedType.FSDP else None
+    if plugin is not None and (plugin.fsdp_version != 2 or plugin.activation_checkpointing):
+        raise InputError("fsdp_config: it needs fsdp_version: 2; gradient_checkpointing=true checkpoints activations")
     if engine == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 0:
         raise InputError("zero_stage: 0 gives no gradient norm; use 1, 2 or 3, or DDP")
 

@@ -320,4 +320,5 @@ def test_accelerate_configs_parse():
         "fsdp2": "FSDP",
         "deepspeed_zero3": "DEEPSPEED",
         "multi_node": "MULTI_GPU",
+        "multi_node_fsdp2": "FSDP",
     }

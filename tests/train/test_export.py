@@ -62,7 +62,7 @@ def test_export_gives_the_same_rewards(tiny_model_folder, tmp_path, pad_token, l
     model = trained_like(config, tokenizer)
     check = rewards_of(model, tokenizer)
     out = tmp_path / "out"
-    save_model(model, model.state_dict(), tokenizer, out, config)
+    save_model(model, [model.state_dict()], tokenizer, out, config)
     assert verify_export(out, check, config)["largest_difference"] < 1e-4
     if lora and merge:
         assert verify_export(out / "adapter", check, config)["largest_difference"] < 1e-4
@@ -91,7 +91,7 @@ def test_lora_in_float32_over_weights_stored_in_bf16(tiny_model_folder, tmp_path
     model = trained_like(config, tokenizer)
     check = rewards_of(model, tokenizer)
     out = tmp_path / "out"
-    save_model(model, model.state_dict(), tokenizer, out, config)
+    save_model(model, [model.state_dict()], tokenizer, out, config)
     assert verify_export(out, check, config)["largest_difference"] < 1e-4
 
 
@@ -105,7 +105,7 @@ def test_lora_holds_the_modules_that_the_checkpoint_lacks(tmp_path):
     tokenizer = load_tokenizer(config)
     model = trained_like(config, tokenizer)
     check = rewards_of(model, tokenizer, "concatenated")
-    save_model(model, model.state_dict(), tokenizer, tmp_path / "out", config)
+    save_model(model, [model.state_dict()], tokenizer, tmp_path / "out", config)
     assert verify_export(tmp_path / "out", check, config)["largest_difference"] < 1e-4
 
 
@@ -115,7 +115,7 @@ def test_a_wrong_export_is_refused(tiny_model_folder, tmp_path):
     tokenizer = load_tokenizer(config)
     model = trained_like(config, tokenizer)
     check = rewards_of(model, tokenizer)
-    save_model(model, model.state_dict(), tokenizer, tmp_path / "out", config)
+    save_model(model, [model.state_dict()], tokenizer, tmp_path / "out", config)
     model.config.pad_token_id = EOS  # what happens with pad == EOS: pooled one token early
     model.config.save_pretrained(tmp_path / "out")
     with pytest.raises(RunError, match="differs from the evaluated model"):
@@ -127,7 +127,7 @@ def test_a_saved_reward_model_keeps_its_head(tiny_model_folder, tmp_path):
     config = config_of(folder)
     tokenizer = load_tokenizer(config)
     model = trained_like(config, tokenizer)
-    save_model(model, model.state_dict(), tokenizer, tmp_path / "out", config)
+    save_model(model, [model.state_dict()], tokenizer, tmp_path / "out", config)
     again = load_saved_model(str(tmp_path / "out"), tokenizer, config)
     torch.testing.assert_close(again.classifier.score.weight, model.classifier.score.weight)
     assert again.config.pad_token_id == PAD

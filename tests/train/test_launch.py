@@ -2,12 +2,14 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from runs import ROOT, SMALL, assert_same_bits, lines, record, wait_until, weights
+from runs import ROOT, SMALL, assert_same_bits, lines, merged, record, wait_until, weights
 
 from rm.train.processes import LAUNCHERS, STOP_SIGNALS, StopSignal
 
@@ -169,6 +171,49 @@ def test_torchrun_passes_a_signal_on(tmp_path, number):
     assert not any(map(is_alive, trainers))
     (step,) = checkpoints(tmp_path)
     assert f"stopped after step {step}" in (tmp_path / "log").read_text()
+
+
+SRUN = """#!/bin/bash
+shift
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
+    tasks[rank]=$!
+done
+echo "${tasks[@]}" > tasks
+for task in "${tasks[@]}"; do wait "$task"; code=$?; done
+exit $code
+"""
+SCONTROL = "#!/bin/bash\nif [ $1 = show ]; then echo 127.0.0.1; else echo $* >> queue; fi\n"
+
+
+@pytest.mark.slow
+def test_slurm_puts_a_stopped_job_back_and_no_other(tmp_path):
+    """The real script and processes; in place of Slurm two processes on this machine."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "train_rm.py").symlink_to(ROOT / "train_rm.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "MASTER_PORT": port}
+    env |= {"PATH": path, "ACCELERATE_USE_FSDP": "false", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "configs" / "slurm.sh"), *merged([*ENDLESS, "--max_steps=300", "--save_steps=1000"])]
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+        wait_until(lambda: trains(tmp_path))
+        for pid in map(int, (tmp_path / "tasks").read_text().split()):
+            os.kill(pid, signal.SIGUSR1)
+        assert job.wait(timeout=90) == 143, (tmp_path / "log").read_text()
+        assert (tmp_path / "queue").read_text() == "requeue 7\n"
+        (step,) = checkpoints(tmp_path)
+        assert 0 < step < 300
+        assert subprocess.run(command, cwd=tmp_path, env=env, stdout=log, stderr=log, timeout=200).returncode == 0
+    assert f"step-{step}: {step} steps are done" in (tmp_path / "log").read_text()
+    assert (tmp_path / "queue").read_text() == "requeue 7\n" and weights(tmp_path / "out")
+    wrong = subprocess.run([*command, "--max_steps=-1"], cwd=tmp_path, env=env, capture_output=True)
+    assert wrong.returncode == 2 and (tmp_path / "queue").read_text() == "requeue 7\n"
 
 
 # ------------------------------------------------------------------------------ in small

@@ -175,8 +175,9 @@ def test_what_is_missing_of_a_finished_run_is_written_again(finished, tmp_path, 
 
 
 def test_a_failed_export_check_loses_nothing(tmp_path, again, monkeypatch):
-    def spoil(model, weights, *args):
-        return save(model, weights | {"classifier.score.weight": weights["classifier.score.weight"] + 1}, *args)
+    def spoil(model, parts, *args):
+        (weights,) = parts
+        return save(model, [weights | {"classifier.score.weight": weights["classifier.score.weight"] + 1}], *args)
 
     save = train_rm.finish_run.__globals__["save_model"]
     monkeypatch.setattr("rm.train.finish.save_model", spoil)
@@ -187,6 +188,14 @@ def test_a_failed_export_check_loses_nothing(tmp_path, again, monkeypatch):
     assert all((tmp_path / "run" / name).is_file() for name in ("results.json", "README.md", "report.html"))
     code, _, log = again(LATEST)
     assert code == 1 and "resumed" not in log  # it is checked again
+
+
+def test_an_export_check_that_crashes_loses_nothing(tmp_path, again, monkeypatch):
+    monkeypatch.setattr("rm.train.finish.load_saved_classifier", lambda *args: 1 / 0)
+    code, error, log = again()
+    assert code == 1 and "the export check crashed (ZeroDivisionError); the model and all results are in run" in error
+    assert "Traceback" in log and weights(tmp_path / "run")
+    assert not json.loads((tmp_path / "run/finished.json").read_text())["export_check"]["passed"]
 
 
 # ---------------------------------------------------------------------------------------------- standard output

@@ -73,6 +73,35 @@ def test_a_step_that_is_not_finite_is_skipped(zero_zygote, tmp_path, stage):
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
 
 
+TYPES = """
+import sys, train_rm
+forward, loss = train_rm.concatenated_forward, train_rm.pairwise_loss
+def noted_forward(model, batch):
+    outputs = forward(model, batch)
+    found = [next(model.parameters()), outputs[0]]
+    reduced = [model.communication_data_type, model.optimizer.gradient_accumulation_dtype]
+    print("types", *(tensor.dtype for tensor in found), *reduced, file=sys.stderr)
+    return outputs
+def noted_loss(*args, **kwargs):
+    values = loss(*args, **kwargs)
+    print("loss", values.dtype, file=sys.stderr)
+    return values
+train_rm.concatenated_forward, train_rm.pairwise_loss = noted_forward, noted_loss
+"""
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_types_in_bf16(zero_zygote, tmp_path, stage):
+    """Weights in bf16; rewards, loss, and the sums of gradients in float32, and so are the saved weights."""
+    options = [*SMALL, "--mixed_precision=bf16", "--max_steps=1", "--output_dir=out"]
+    done = zero_zygote.run(2, options, tmp_path, fault=TYPES, ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)
+    assert "types torch.bfloat16 torch.float32 torch.float32 torch.float32\nloss torch.float32\n" in done.stderr
+    assert "export checked: 16 sequences" in done.stderr
+    saved = weights(tmp_path / "out")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert any((tensor != tensor.bfloat16().float()).any() for tensor in saved.values())  # not rounded to bf16
+
+
 def test_stage_0_is_rejected(zero_zygote, tmp_path):
     runs = zero_zygote.start_many(2, [*OPTIONS, "--output_dir=out"], tmp_path, ACCELERATE_DEEPSPEED_ZERO_STAGE="0")
     assert [run.wait() for run in runs] == [2, 2] and "zero_stage: 0 gives no gradient norm" in runs[0].stderr
