@@ -53,12 +53,11 @@ def prefer(example: Example, better: int | None, encoding: Encoding) -> Example:
 
 def read_pair(row: Row, encoding: Encoding) -> Example:
     values = {encoding.roles[side]: value_of(row, side, encoding) for side in SIDES}
-    if not any(type(v) is list and v and all(type(x) is str for x in v) for v in values.values()):
+    lists = [value if type(value) is list else [value] for value in values.values()]
+    if list not in map(type, values.values()) or not all(v and all(type(x) is str for x in v) for v in lists):
         return example_of(row, values, encoding)
-    values = {name: value if type(value) is list else [value] for name, value in values.items()}
-    texts = {f"{name}[{i}]": text for name, value in values.items() for i, text in enumerate(value)}
-    example = example_of(row, texts, encoding)
-    right = range(len(next(iter(values.values()))))  # each right answer is compared with each wrong one
+    texts = {f"{name}[{i}]": text for name, v in zip(values, lists, strict=True) for i, text in enumerate(v)}
+    example, right = example_of(row, texts, encoding), range(len(lists[0]))  # each is compared with each wrong one
     example.comparisons = list(itertools.product(right, range(len(right), len(example.answers))))
     return example
 

@@ -152,7 +152,7 @@ WRONG_ROWS = [  # (a good row, a wrong row, the message)
     (GOOD, GOOD | {"chosen": None}, "'chosen' is missing (null), expected text or messages"),
     (GOOD, GOOD | {"chosen": 5}, "'chosen' is a number, expected text or messages"),
     (GOOD, GOOD | {"chosen": True}, "'chosen' is true or false, expected text or messages"),
-    (GOOD, GOOD | {"chosen": ["a"]}, "'rejected' is text, 'chosen' is messages; they must be alike"),
+    (GOOD, GOOD | {"chosen": say("a")}, "'rejected' is text, 'chosen' is messages; they must be alike"),
     (GOOD, TALK, "'chosen' is conversation, expected text, as in the other rows"),
     (GOOD | {"prompt": "x"}, GOOD, "'prompt' is missing (null), expected text or messages"),
     (GOOD | {"subset": "s"}, GOOD, "'subset' is missing (null), expected text or a whole number"),
