@@ -106,8 +106,9 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     from safetensors.torch import load_file, save_file
 
     from rm.config.options import RewardConfig
+    from rm.data.tokenizer import load_tokenizer
     from rm.data.toy import toy_dataset
-    from rm.model.load import load_reward_model, load_tokenizer
+    from rm.model.load import load_reward_model
     from rm.train.processes import seed_everything
 
     config = RewardConfig(model_name_or_path=args.model, seed=0)
@@ -139,7 +140,7 @@ def rows_in_order(config, path: Path) -> None:
 
     from rm.data.mixture import load_data
     from rm.data.plan import Layout, StepPlan
-    from rm.model.load import load_tokenizer
+    from rm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config)
     data, _ = load_data(tokenizer, config)
@@ -211,7 +212,7 @@ def uneven_evaluation(folder: Path, args: argparse.Namespace) -> dict:
     config = RewardConfig(model_name_or_path=str(model), dataset_name=str(folder / "uneven.jsonl"))
     from common import pair_ids, tokenize
 
-    from rm.model.load import load_tokenizer
+    from rm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config)
     (folder / "uneven.json").write_text(json.dumps(pair_ids(tokenize(config.dataset_name, tokenizer, config))))

@@ -29,8 +29,8 @@ import pandas as pd  # noqa: E402
 from common import make_config, tokenize  # noqa: E402
 from groups import interval  # noqa: E402
 
+from rm.data.tokenizer import load_tokenizer  # noqa: E402
 from rm.evaluate.statistics import is_right  # noqa: E402
-from rm.model.load import load_tokenizer  # noqa: E402
 
 SHOWN = ("accuracy", "loss", "longer_answer_baseline_accuracy", "ece", "temperature", "margin_length_spearman")
 ALL, LORA = {"learning_rate": 3e-5}, {"use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 3e-4}

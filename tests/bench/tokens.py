@@ -13,7 +13,7 @@ import torch
 from common import make_config, pair_lengths, tokenize
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from rm.data.plan import Layout, StepPlan
+from rm.data.plan import ROW_MULTIPLE, Layout, StepPlan
 from rm.data.tokenizer import load_tokenizer
 
 
@@ -38,7 +38,9 @@ def main() -> None:
         plan, total = StepPlan(data, layout, config, args.batch, 0, 1), 0
         for step in range(plan.steps_per_epoch):
             for micro_batch in plan.step(step)[0]:
-                total += len(micro_batch.rows) * max(plan.costs[row].sum() for row in micro_batch.rows)
+                length = max(int(plan.costs[row].sum()) for row in micro_batch.rows)
+                is_rounded = layout.name == "shared_prefix" and not layout.by_tree
+                total += len(micro_batch.rows) * (length + is_rounded * (-length % ROW_MULTIPLE))
         return total / num
 
     torch.manual_seed(0)
@@ -46,7 +48,8 @@ def main() -> None:
         "TRL, batches of 8 in random order": np.mean([collated(torch.randperm(num).numpy()) for _ in range(10)]),
         "TRL, batches of 8 grouped by length": collated(np.array(get_length_grouped_indices(longer.tolist(), 8))),
         "two sequences, no padding": (chosen + rejected).mean(),
-        "ours, concatenated": ours(Layout("concatenated", 0)),
+        "ours, concatenated, padded": ours(Layout("concatenated", 0)),
+        "ours, concatenated, tree by tree": ours(Layout("concatenated", 0, by_tree=True)),
         "ours, shared_prefix, dense mask": ours(Layout("shared_prefix", 0)),
         "ours, shared_prefix, tree by tree": ours(Layout("shared_prefix", 0, by_tree=True)),
     }

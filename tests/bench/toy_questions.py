@@ -35,9 +35,10 @@ import rm.evaluate.evaluator  # noqa: E402
 import rm.train.finish  # noqa: E402
 import train_rm  # noqa: E402
 from rm.config.options import RewardConfig  # noqa: E402
+from rm.data.tokenizer import load_tokenizer  # noqa: E402
 from rm.data.toy import toy_dataset  # noqa: E402
 from rm.evaluate.statistics import is_right  # noqa: E402
-from rm.model.load import load_reward_model, load_tokenizer  # noqa: E402
+from rm.model.load import load_reward_model  # noqa: E402
 from rm.train.processes import seed_everything  # noqa: E402
 
 TINY, PAIRS, NUM_EVAL = "configs/tiny_llama", 4000, 2000
