@@ -263,7 +263,8 @@ def show(question: str, runs: dict[str, list[dict]]) -> str:
     lines.append("| --- " * (len(metrics) + 2) + "|")
     for name, found in runs.items():
         cells = ["{:.4f} ± {:.4f}".format(*interval([run[metric] for run in found])) for metric in metrics]
-        lines.append(f"| {name} | {' | '.join(cells)} | {'{:+.4f} ± {:.4f}'.format(*paired(runs, name, 'accuracy'))} |")
+        cells.append("{:+.4f} ± {:.4f}".format(*paired(runs, name, "accuracy")))
+        lines.append(f"| {name} | {' | '.join(cells)} |".replace(" ± nan", ""))  # one seed has no interval
     for name, found in runs.items() if question == "margins" else ():
         bins = np.mean([run["by_separation"] for run in found], axis=0).round(3).tolist()
         lines.append(f"\nAccuracy by absolute true margin from {SEPARATION[:-1]}, {name}: {bins}.")
