@@ -4,16 +4,19 @@ Files may have been edited. `Notes.attempt` is the one place that handles unusab
 is left out of the page, and a note says so. Values have the types that are declared here.
 """
 
+import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
+from rm.config.cli import load_yaml
 from rm.config.errors import InputError
 from rm.config.options import RewardConfig
 from rm.config.redact import safe_line
@@ -24,7 +27,7 @@ TABLE_NUMBERS = (  # numeric columns of an evaluation table
 
 
 class Results(BaseModel):
-    """What the report shows of results.json."""
+    """What the report and a restart read of results.json."""
 
     summary: dict[str, Any] = {}
     intervals: dict[str, tuple[float, float]] = {}
@@ -35,6 +38,20 @@ class Results(BaseModel):
     layout: str = ""
     packages: dict[str, str] = {}
     machine: dict[str, Any] = {}
+    adapter: dict[str, Any] | None = None
+    normalization: dict[str, float] | None = None
+
+
+class Audit(BaseModel, extra="allow"):
+    """What the report shows of a split in data_report.json, or of one of its sets."""
+
+    __pydantic_extra__: dict[str, float]  # the counts
+    source: str | None = None
+    format: str | None = None
+    layout: str | None = None
+    fingerprint: str | None = None
+    columns: dict[str, Any] = {}
+    sets: dict[str, "Audit"] = {}
 
 
 class Pair(BaseModel):
@@ -85,9 +102,23 @@ class Notes(list[str]):
         try:
             with np.errstate(all="ignore"):  # edited numbers may overflow
                 return make(*arguments)
-        except (ValueError, ArithmeticError, OSError, yaml.YAMLError) as error:
+        except (ValueError, ArithmeticError, OSError) as error:
             why = " ".join(str(error).split("[type=")[0].split())  # pydantic gives more
             self.append(safe_line(f"Left out: {what} ({type(error).__name__}: {why[:200]})."))
+
+    def validate(self, what: str, kind: TypeAdapter, value: Any) -> Any:
+        """`value` as the type `kind`, without the entries of its dicts that have a wrong type; these are noted."""
+        try:
+            return kind.validate_python(value)
+        except ValidationError as error:
+            wrong = {tuple(_keys_of(value, e["loc"])): e["msg"] for e in error.errors()}
+        if () in wrong:
+            return self.attempt(what, kind.validate_python, value)
+        for keys, problem in wrong.items():
+            self.append(safe_line(f"Left out: {'.'.join(map(str, keys))} of {what} ({problem})."))
+            *parents, last = keys
+            functools.reduce(operator.getitem, parents, value).pop(last, None)
+        return self.validate(what, kind, value)
 
     def read_lines(self, path: Path, kind: Any) -> list[Any]:
         """The lines of a JSON Lines file as the type `kind`; unusable ones, such as one cut by a crash, are noted."""
@@ -97,6 +128,15 @@ class Notes(list[str]):
         if unread:
             self.append(f"Left out: {len(unread):,} unusable line{'s' * (len(unread) > 1)} of {path.name}.")
         return [value for value in found if value is not None]
+
+
+def _keys_of(value: Any, place: Sequence[str | int]) -> Iterator[str]:
+    """The keys of nested dicts that lead to `place`, as far as there are dicts."""
+    for key in place:
+        if not isinstance(value, dict) or key not in value:
+            return
+        yield key
+        value = value[key]
 
 
 class Run:
@@ -119,9 +159,10 @@ class Run:
                 for key, value in line.items():
                     self.curves.setdefault(key, {})[int(step)] = value
         self.last_step = max(self.curves.get("step", {0: 0}))
-        self.results = self._read("results.json", Results.model_validate_json) or Results()
-        self.config = self.results.config or self._read("config.yaml", yaml.safe_load) or {}
-        self.data = self._read("data_report.json", TypeAdapter(dict[str, dict[str, Any]]).validate_json) or {}
+        self.results: Results = self._read("results.json", from_json, Results) or Results()
+        self.config = self.results.config or self._read("config.yaml", load_yaml, dict[str, Any]) or {}
+        audits = self._read("data_report.json", from_json, dict[str, Audit]) or {}
+        self.data = {split: audit.model_dump(exclude_unset=True) for split, audit in audits.items()}
         self.sets = list(self.data.get("test", {}).get("sets", {}))
         last = {name: curve[max(curve)] for name, curve in self.curves.items()}
         values = pd.Series(self.results.summary or last, dtype=object).filter(like="/")
@@ -133,10 +174,11 @@ class Run:
         is_best = self.config.get("load_best_model_at_end") and best in steps
         self.table_step = int(best) if is_best else max(steps, default=None)
 
-    def _read(self, name: str, load: Callable[[bytes], Any]) -> Any:
-        """The content of a file; None if it is missing or unusable."""
+    def _read(self, name: str, load: Callable[[str], Any], kind: Any) -> Any:
+        """The content of a file as the type `kind`, without what has another type; None if there is none."""
         path = self.folder / name
-        return self.notes.attempt(name, lambda: load(path.read_bytes())) if path.is_file() else None
+        value = self.notes.attempt(name, lambda: load(path.read_text("utf-8"))) if path.is_file() else None
+        return None if value is None else self.notes.validate(name, TypeAdapter(kind), value)
 
     def numbered(self, pattern: str) -> list[tuple[int, Path]]:
         """(step, file) in order; none past the last step: those are left from before a resume."""

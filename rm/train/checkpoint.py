@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from rm.config.errors import InputError, RunError
-from rm.config.files import damage, discard_folder, new_folder, publish_folder
+from rm.config.files import damage, discard_folder, naming, new_folder, publish_folder
 from rm.train.processes import on_main_process
-from rm.train.run_dir import Run, writing
+from rm.train.run_dir import Run
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Checkpoints:
                 moments = get_optimizer_state_dict(self.model, self.optimizer, options=TO_MAIN_PROCESS)
 
         def publish() -> None:
-            with writing(str(final), folder):
+            with naming(final, folder):
                 if not self.is_deepspeed:
                     tensors, rest = split_moments(moments)
                     save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors")

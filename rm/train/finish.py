@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
 from rm.config.errors import RunError
-from rm.config.files import finite, new_folder, read_json, write_file
+from rm.config.files import finite, naming, new_folder, read_json, write_file
 from rm.config.options import RewardConfig
 from rm.config.redact import redact
 from rm.data.dataset import PreferenceData
@@ -34,7 +34,7 @@ from rm.model.saved import reward_scale, sample_of, set_scale
 from rm.report.card import model_card
 from rm.train.checkpoint import WRAPPERS
 from rm.train.processes import on_main_process
-from rm.train.run_dir import Run, writing
+from rm.train.run_dir import Run
 from rm.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
 
     def save() -> None:
         export = new_folder(run.folder / "model")
-        with writing(f"the model in {run.folder}", export):
+        with naming(f"the model in {run.folder}", export):
             save_model(unwrapped(model), weights, train_set.tokenizer, export, config, scale)
             sizes = run.publish(export)
         run.write_json("export_check.json", {"files": sizes} | check)
