@@ -8,9 +8,12 @@ of the answers' rewards (their last ones): in a pair in the right order, chosen 
 import html
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup
 
 SIDES = ("chosen", "rejected")
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
@@ -19,16 +22,8 @@ NOTE = (
     "Reward after each token; only the last one is trained. <b>Blue, solid underline</b>: above the mean reward of the "
     "answers; <b>orange, dotted underline</b>: below it. Point at a token to see its reward."
 )
-# Blue and orange are distinct with the common kinds of colour blindness; solid and dotted lines say the same.
-CSS = """
-.tokens { --up: 33 102 172; --down: 205 92 8; max-width: 60em; margin: 0 0 1em; print-color-adjust: exact; }
-@media (prefers-color-scheme: dark) { .tokens { --up: 96 165 250; --down: 251 146 60; } }
-.tokens-bars { margin: 0; font: 13px/1.2 ui-monospace, monospace; white-space: pre; overflow: hidden; }
-.tokens-text { margin: .5em 0 0; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.8; }
-.tokens-text .u { background: rgb(var(--up) / calc(var(--v) * .4)); border-bottom: solid rgb(var(--up)); }
-.tokens-text .d { background: rgb(var(--down) / calc(var(--v) * .4)); border-bottom: dotted rgb(var(--down)); }
-.tokens-text span { padding-bottom: 1px; border-width: calc(var(--v) * 3px + .5px) !important; }
-"""
+CSS = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+PAGE = Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
 
 
 def answers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,21 +67,12 @@ def token_rewards_html(*answers: list) -> list[str]:
 
 def token_rewards_page(records: Sequence[dict[str, Any]]) -> str:
     """A self-contained HTML page of the records of `rm.visualize_samples` that have token rewards."""
-    parts = [f"<p>{NOTE}</p>"]
-    for r in records:
-        number = f"accuracy {float(r['accuracy']):.3f}" if "answers" in r else f"margin {float(r['margin']):+.3f}"
-        parts.append(f"<h2>{visible(r['id'])}: {r['correct']}, {number}</h2>")
-        parts.append(f'<p class="tokens-text" dir="auto">{visible(r["prompt"].strip())}</p>')
-        answers = answers_of(r)
-        fragments = token_rewards_html(*(answer["token_rewards"] for answer in answers))
-        for answer, fragment in zip(answers, fragments, strict=True):
-            if "rank" in answer:
-                inverted = ", inverted" if answer["is_inverted"] else ""
-                parts.append(f"<p><b>answer {answer['name']}</b>, rank {answer['rank']}{inverted}</p>")
-            parts.append(fragment)
-    style = f":root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }}{CSS}"
-    head = f"<meta charset=utf-8><title>Token rewards</title><style>{style}</style>"
-    return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
+    answers = [answers_of(record) for record in records]
+    fragments = [token_rewards_html(*(answer["token_rewards"] for answer in group)) for group in answers]
+    env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env.filters |= {"visible": lambda text: Markup(visible(text)), "float": float}
+    shown = zip(records, answers, fragments, strict=True)
+    return env.from_string(PAGE).render(records=shown, note=Markup(NOTE), css=Markup(CSS))
 
 
 def token_bars(answers: Sequence[list], width: int, unicode: bool = True) -> list[str]:

@@ -19,17 +19,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 
 from rm.config.errors import InputError, RunError
-from rm.config.files import (
-    damage,
-    digest,
-    discard_folder,
-    finite,
-    fsync,
-    lock_folder,
-    naming,
-    read_json,
-    write_file,
-)
+from rm.config.files import damage, digest, discard_folder, finite, fsync, lock_folder, naming, read_json, write_file
 from rm.config.options import RewardConfig, changed_options
 from rm.config.redact import redact
 from rm.model.saved import find_base
