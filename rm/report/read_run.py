@@ -4,10 +4,8 @@ Files may have been edited. `Notes.attempt` is the one place that handles unusab
 is left out of the page, and a note says so. Values have the types that are declared here.
 """
 
-import functools
 import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +109,18 @@ class Notes(list[str]):
         try:
             return kind.validate_python(value)
         except ValidationError as error:
-            wrong = {tuple(_keys_of(value, e["loc"])): e["msg"] for e in error.errors()}
+            problems, wrong = error.errors(), {}
+        for problem in problems:
+            parent, inner, keys = {}, value, []
+            for key in problem["loc"]:
+                if isinstance(inner, dict) and key in inner:
+                    parent, inner, keys = inner, inner[key], [*keys, key]
+            wrong[tuple(keys)] = parent, problem["msg"]
         if () in wrong:
             return self.attempt(what, kind.validate_python, value)
-        for keys, problem in wrong.items():
+        for keys, (parent, problem) in wrong.items():
             self.append(safe_line(f"Left out: {'.'.join(map(str, keys))} of {what} ({problem})."))
-            *parents, last = keys
-            functools.reduce(operator.getitem, parents, value).pop(last, None)
+            del parent[keys[-1]]
         return self.validate(what, kind, value)
 
     def read_lines(self, path: Path, kind: Any) -> list[Any]:
@@ -128,15 +131,6 @@ class Notes(list[str]):
         if unread:
             self.append(f"Left out: {len(unread):,} unusable line{'s' * (len(unread) > 1)} of {path.name}.")
         return [value for value in found if value is not None]
-
-
-def _keys_of(value: Any, place: Sequence[str | int]) -> Iterator[str]:
-    """The keys of nested dicts that lead to `place`, as far as there are dicts."""
-    for key in place:
-        if not isinstance(value, dict) or key not in value:
-            return
-        yield key
-        value = value[key]
 
 
 class Run:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import ValidationError
 
 from rm.config.errors import InputError, RunError
 from rm.config.files import damage, digest, discard_folder, finite, fsync, lock_folder, naming, read_json, write_file
@@ -24,7 +23,7 @@ from rm.config.options import RewardConfig, changed_options
 from rm.config.redact import redact
 from rm.model.saved import find_base
 from rm.report.hub import FILES, Hub, open_repo
-from rm.report.read_run import Results
+from rm.report.read_run import Notes, Results
 from rm.train.processes import on_main_process
 
 logger = logging.getLogger(__name__)
@@ -111,7 +110,8 @@ class Run:
 
     def _find_start(self, resume_from: str) -> None:
         results = read_json(self.folder / "results.json") or {}
-        if resume_from == "latest" and is_complete(results) and self.read_verified("export_check.json"):
+        whole = Results.model_fields.keys() <= results.keys() and Notes().attempt("", Results.model_validate, results)
+        if resume_from == "latest" and whole and self.read_verified("export_check.json"):
             reject(changed_options(results["config"], self.record, True), self.folder)
             self.results = results
             return
@@ -244,15 +244,6 @@ def model_fingerprint(model: Any) -> str:
         raw = p.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
         lines.append([name, list(p.shape), str(p.dtype), zlib.crc32(raw)])
     return hashlib.sha256(json.dumps(lines, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def is_complete(results: dict[str, Any]) -> bool:
-    """Whether the content of results.json is what a restart needs."""
-    try:
-        Results.model_validate(results)
-    except ValidationError:
-        return False
-    return Results.model_fields.keys() <= results.keys()
 
 
 def reject(changes: list[str], where: Path | None) -> None:

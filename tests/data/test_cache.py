@@ -75,6 +75,7 @@ DAMAGE = {  # (file, its new content; None: the file is gone)
     "gone": ("tokens.arrow", None),
     "no checksums": ("manifest.json", None),
     "cut checksums": ("manifest.json", lambda content: content[:-5]),
+    "no file name": ("manifest.json", lambda content: b'{"a\\u0000b": {}}'),
 }
 
 
