@@ -121,8 +121,10 @@ def damage(folder: Path, needed: str = "") -> str | None:
         return f"{folder / MANIFEST} is missing or damaged"
     try:
         changed = [name for name, expected in manifest.items() if digest(folder / name) != expected]
-    except (OSError, ValueError, TypeError) as error:  # the last two: edited names in the manifest
-        return f"a file of {folder / MANIFEST} cannot be read ({error})"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except ValueError as error:  # a name that no file can have
+        return f"{folder / MANIFEST} is damaged ({error})"
     return f"the content of {changed[0]} has changed (size or sha256)" if changed else None
 
 

@@ -21,7 +21,7 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock
 
 from rm.config.errors import InputError
-from rm.config.files import damage, discard_folder, new_folder, publish_folder
+from rm.config.files import damage, discard_folder, naming, new_folder, publish_folder
 from rm.data.audit import DROPPED, NOTED, audit_counts, fingerprint
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
 from rm.data.dataset import DataSet, PreferenceData, arrays_of, flat, prompt_hash, ragged
@@ -61,7 +61,8 @@ def tokenize_source(
                 logger.warning("the token cache in %s is damaged (%s); the data are tokenized again", folder, problem)
                 discard_folder(folder)
             if problem:
-                _write_table(folder, source, tokenizer, encoding, config.dataset_num_proc or 1)
+                with naming(folder):
+                    _write_table(folder, source, tokenizer, encoding, config.dataset_num_proc or 1)
     table = select(_read_table(folder))
     kept = np.flatnonzero(ragged(table, "chosen")[0])
     dataset = table if len(kept) == len(table) else table.select(kept)
