@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import logging
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection
@@ -45,8 +46,16 @@ def parse_config(argv: list[str]) -> RewardConfig:
     return make_config(given)
 
 
+def open_streams() -> None:
+    """Discard what is written to closed standard streams: the next file would get their number, and their output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 def answer_early(argv: list[str]) -> None:
     """Exit if `argv` asks for help or is wrong: for the top of train_rm.py, before seconds of imports."""
+    open_streams()
     try:
         parse_config(argv)
     except InputError as error:
@@ -57,6 +66,7 @@ def run_program(main: Callable[[list[str]], Any]) -> None:
     """Call `main` with the command line, and log to stderr. Exit codes: 2 wrong input, 1 another error of a file."""
     import transformers  # slow, and not needed by `answer_early`
 
+    open_streams()
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of weights that load in no time
@@ -152,16 +162,24 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises `InputError`, also for repeated keys and aliases."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, TypeError, RecursionError) as error:  # TypeError: a key that is a list
+        raise InputError(" ".join(str(error).split())) from None
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The options of a YAML file. Raises `InputError` with its path."""
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise InputError("is not a regular file")  # a pipe can be read only once
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}  # noqa: S506 (a SafeLoader)
+        values = load_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # TypeError: a key that is a list
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `key: value` lines")
     for name in values:

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -14,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from rm.config.errors import InputError
 
@@ -29,12 +30,16 @@ class DiskError(OSError):
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Raise `OSError` as `DiskError` with `path`: an error of an open file does not name it."""
+def naming(what: Path | str, partial: Path | None = None) -> Iterator[None]:
+    """Raise a failure to write as `DiskError` with `what`, which the error of an open file or of safetensors does not
+    name, after removing the folder `partial`."""
     try:
         yield
-    except OSError as error:
-        raise DiskError(error.errno, error.strerror, str(path)) from error
+    except (OSError, SafetensorError) as error:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        problem = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DiskError(getattr(error, "errno", None), problem, str(what)) from error
 
 
 def fsync(path: Path) -> None:
@@ -85,7 +90,8 @@ def digest(path: Path) -> dict[str, Any]:
 def new_folder(final: Path) -> Path:
     """An empty hidden folder beside `final`."""
     shutil.rmtree(hidden := final.with_name(f".{final.name}.partial"), ignore_errors=True)
-    hidden.mkdir(parents=True)
+    with naming(hidden):
+        hidden.mkdir(parents=True)
     return hidden
 
 
@@ -120,6 +126,8 @@ def damage(folder: Path, needed: str = "") -> str | None:
         changed = [name for name, expected in manifest.items() if digest(folder / name) != expected]
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
+    except ValueError as error:  # a name that no file can have
+        return f"{folder / MANIFEST} is damaged ({error})"
     return f"the content of {changed[0]} has changed (size or sha256)" if changed else None
 
 
@@ -129,16 +137,16 @@ def lock_folder(folder: Path) -> IO[str]:
     The lock is a POSIX record lock: forked workers do not inherit it, and it works on NFS (with lockd) and Lustre (with
     `-o flock`). Raises `InputError` if another process has not released it within `LOCK_SECONDS`.
     """
-    file = open(folder / LOCK, "a+", encoding="utf-8")
-    for attempt in itertools.count():
+    file, started, holder = open(folder / LOCK, "a+", encoding="utf-8", errors="replace"), time.monotonic(), ""
+    while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except (BlockingIOError, PermissionError):  # POSIX allows both
-            holder = (folder / LOCK).read_text(encoding="utf-8")
-            if attempt == 0:
+            if not holder:
+                holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace") or "another process"
                 logger.warning(f"{folder} is used by {holder}; waiting up to {LOCK_SECONDS:g} s")
-            if attempt * 0.2 > LOCK_SECONDS:
+            if time.monotonic() - started > LOCK_SECONDS:
                 raise InputError(f"output_dir={folder} is used by {holder}; choose another") from None
             time.sleep(0.2)
         except OSError as error:

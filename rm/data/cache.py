@@ -21,7 +21,7 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock
 
 from rm.config.errors import InputError
-from rm.config.files import damage, discard_folder, new_folder, publish_folder
+from rm.config.files import damage, discard_folder, naming, new_folder, publish_folder
 from rm.data.audit import DROPPED, NOTED, audit_counts, fingerprint
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
 from rm.data.dataset import DataSet, PreferenceData, arrays_of, flat, prompt_hash, ragged
@@ -61,7 +61,8 @@ def tokenize_source(
                 logger.warning("the token cache in %s is damaged (%s); the data are tokenized again", folder, problem)
                 discard_folder(folder)
             if problem:
-                _write_table(folder, source, tokenizer, encoding, config.dataset_num_proc or 1)
+                with naming(folder):
+                    _write_table(folder, source, tokenizer, encoding, config.dataset_num_proc or 1)
     table = select(_read_table(folder))
     kept = np.flatnonzero(ragged(table, "chosen")[0])
     dataset = table if len(kept) == len(table) else table.select(kept)
@@ -131,9 +132,7 @@ def _read_table(folder: Path) -> Dataset:
 def _group_table(folder: Path, encoding: Encoding, features: Features) -> None:
     """Replace the table in `folder` by one with a row for each group."""
     tokens, files = _read_table(folder), list(folder.glob("*.arrow"))
-    rows = (
-        same_prompt(flat(tokens, "prompt").tolist()) if encoding.group_by_prompt else [[i] for i in range(len(tokens))]
-    )
+    prompts = flat(tokens, "prompt").tolist() if encoding.group_by_prompt else range(len(tokens))
 
     def group_batch(batch: dict[str, list]) -> pa.Table:
         merged = (merge_rows([tokens[i] for i in members]) for members in batch["rows"])
@@ -142,7 +141,7 @@ def _group_table(folder: Path, encoding: Encoding, features: Features) -> None:
         return pa.Table.from_pylist(table, schema=features.arrow_schema)
 
     options = {"features": features, "new_fingerprint": folder.name, "cache_file_name": str(folder / "groups.arrow")}
-    Dataset.from_dict({"rows": rows}).map(group_batch, batched=True, desc="Grouping", **options)
+    Dataset.from_dict({"rows": same_prompt(prompts)}).map(group_batch, batched=True, desc="Grouping", **options)
     for file in files:
         file.unlink()
 
@@ -165,13 +164,11 @@ def _cache_key(source: Source, tokenizer: Any, encoding: Encoding) -> str:
 
 def _features() -> Features:
     """The columns of the cached table: those of `PreferenceData`, and the counts for the audit."""
-    int32 = Value("int32")
-    int64 = Value("int64")
-    features = {"id": Value("string"), "subset": Value("string"), "prompt": int64, "row": List(int64)}
+    text, int32, int64 = map(Value, ("string", "int32", "int64"))
+    features = {"id": text, "subset": text, "prompt": int64, "row": List(int64)}
     features |= {"prefix_ids": List(int32), "answer_ids": List(List(int32)), "answer_hash": List(int64)}
-    features |= {"prefix_length": int32, "answer_lengths": List(int32)}
-    features |= {"answer": List(int32), "answer_row": List(int64)}
-    features |= {"chosen": List(int32), "rejected": List(int32)}
+    features |= {"prefix_length": int32, "answer_row": List(int64)}
+    features |= dict.fromkeys(("answer_lengths", "answer", "chosen", "rejected"), List(int32))
     features |= dict.fromkeys((*COMPARISON_COLUMNS, *ANSWER_COLUMNS), List(Value("float32")))
     return Features(features | dict.fromkeys((*NOTED, *DROPPED), int32))
 

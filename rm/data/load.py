@@ -4,15 +4,18 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import numpy as np
@@ -27,6 +30,8 @@ from rm.data.toy import LABELS, toy_dataset
 logger = logging.getLogger(__name__)
 
 TOY_ROWS = {"train": 8000, "test": 1000}
+BLOCK = 16 << 20  # bytes; a row of JSON lines must fit into a block
+MAX_DEPTH = 500  # brackets in a line of JSON whose nesting is checked
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # their errors are reported here
@@ -89,11 +94,18 @@ def load_source(
     Raises:
         InputError: missing, empty or broken files, no such split, the hub is not reached.
     """
-    path, files = Path(name).expanduser(), []
+    path, files, cache = Path(os.path.expanduser(name)), [], datasets.config.HF_DATASETS_CACHE
+    exists, is_file = os.path.exists(path), os.path.isfile(path)
     is_path = path.is_absolute() or name.startswith((".", "~")) or _extension(path) in BUILDERS
-    if is_path and not path.exists():
+    if not exists and (is_path or len(name) > 255):
         raise InputError(f"{name}: there is no such file or folder")
-    if path.is_file() and _extension(path) not in BUILDERS:
+    try:
+        os.makedirs(cache, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        fix = "set HF_HOME to a folder that can be written"
+        raise InputError(f"the cache of data sets cannot be written ({error}); {fix}") from None
+    if is_file and _extension(path) not in BUILDERS:
         raise InputError(f"{name}: unknown extension; use {', '.join(BUILDERS)}, also with .gz")
     try:
         if name in ("toy", "toy_groups"):
@@ -109,24 +121,22 @@ def load_source(
             split = _choose_split(name, split, splits, accept_only_split)
             dataset, content = splits[split], "".join(map(_hash_file, sorted(path.rglob("*.arrow"))))
         else:
-            builder, content = _prepared(path if path.exists() else name, dataset_config)
+            builder, content = _prepared(path if exists else name, dataset_config)
             if split.partition("[")[0] not in builder.info.splits:  # "train[:10%]" is a split too
                 split = _choose_split(name, split, builder.info.splits, accept_only_split)
             dataset = builder.as_dataset(split=split)
             content = content or dataset._fingerprint
-            if path.exists():
-                links = str(Path(datasets.config.HF_DATASETS_CACHE, "links"))  # of `_plain_path`
-                files = [os.readlink(f) if f.startswith(links) else f for f in builder.config.data_files.get(split, ())]
-                files = [str(path)] if path.is_file() else files
+            if exists:
+                files = [str(path)] if is_file else list(map(_target, builder.config.data_files.get(split, ())))
     except InputError:
         raise
     except Exception as error:  # dozens of types: Arrow's, pandas', gzip's, Unicode's, the hub's
-        if not path.exists():
+        if not exists:
             raise InputError(f"{name}: no local file or folder, and the hub has none: {one_line(error)}") from error
-        for file in [path] if path.is_file() else sorted(path.rglob("*.jsonl")):
+        for file in [path] if is_file else sorted(path.rglob("*.jsonl")):
             _check_json_lines(file, name if file == path else str(file), pa.schema([]))
         raise InputError(f"{name}: cannot be read: {one_line(error)}") from error
-    title = name if path.is_file() else f"{name}, split {split}"
+    title = name if is_file else f"{name}, split {split}"
     return Source(dataset, title, f"{content}-{split}", files).first(max_samples)
 
 
@@ -155,8 +165,7 @@ def _prepared(place: Path | str, config: str | None) -> tuple[datasets.DatasetBu
         if builder.name == "csv":  # as they are: pandas would read "NA" as null and "007" as 7
             options["converters"] = dict.fromkeys(("prompt", "chosen", "rejected", "id", "subset"), str)
             options["keep_default_na"] = False
-            file = next(iter(files.values()))[0]
-            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as stream:
+            with _open(Path(next(iter(files.values()))[0])) as stream:
                 header = stream.readline()
             separator = "semicolons" if b";" in header else "tabs" if b"\t" in header else None
             if separator and b"," not in header:
@@ -166,6 +175,9 @@ def _prepared(place: Path | str, config: str | None) -> tuple[datasets.DatasetBu
         content = xxhash.xxh3_128_hexdigest(json.dumps(splits).encode())
         options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, "content", content))
         builder = datasets.load_dataset_builder(path, config, **options)
+    for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()) if content else ():
+        if _extension(Path(file)) in (".json", ".jsonl") and not os.path.exists(builder.cache_dir):
+            _check_nesting(Path(file), _target(file))
     builder.download_and_prepare()
     return builder, content
 
@@ -184,6 +196,11 @@ def _plain_path(path: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             (folder / link).symlink_to(target)
     return folder if path.is_dir() else folder / name
+
+
+def _target(file: str) -> str:
+    """The file itself, where `file` is a link of `_plain_path`."""
+    return os.readlink(file) if file.startswith(str(Path(datasets.config.HF_DATASETS_CACHE, "links"))) else file
 
 
 def _hash_file(file: str | Path) -> str:
@@ -214,18 +231,38 @@ def check_late_rows(source: Source, columns: set[str]) -> None:
         _check_json_lines(Path(file), source.name if len(source.files) == 1 else file, schema)
 
 
+def _check_nesting(file: Path, name: str) -> None:
+    """Raise `InputError` for a line that is nested so deeply that Arrow would crash: only lines with many brackets are
+    parsed here."""
+    with _open(file) as stream:
+        is_array = stream.peek(1)[:1] == b"["  # is read by another parser, which has a limit
+        for row, line in enumerate(() if is_array else stream, start=1):
+            if line.count(b"[") + line.count(b"{") > MAX_DEPTH:
+                try:
+                    json.loads(line)
+                except RecursionError:
+                    raise InputError(f"{name}, row {row}: is nested too deeply") from None
+                except ValueError:
+                    pass  # Arrow names the problem
+
+
+def _open(file: Path) -> BinaryIO:
+    return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")
+
+
 def _check_json_lines(file: Path, name: str, schema: pa.Schema) -> None:
     """Raise `InputError` for the first line that is no JSON object of the schema; in C++ and in constant memory."""
     parse = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    read = pa.json.ReadOptions(block_size=16 << 20)  # a row must fit into a block
+    read = pa.json.ReadOptions(block_size=BLOCK)
     row = 1
     try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+        with _open(file) as stream:
             if _extension(file) not in (".json", ".jsonl") or stream.peek(1)[:1] == b"[":  # is read as a whole
                 return
             for batch in pa.json.open_json(stream, read, parse):
                 row += batch.num_rows
     except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as error:
         message, _, row_of_block = str(error).partition(" in row ")
-        fix = "; give the column one type" if "changed" in message else ""
+        fixes = {"changed": "; give the column one type", "straddling": f"; a row may have {BLOCK >> 20} MB"}
+        fix = "".join(text for word, text in fixes.items() if word in message)
         raise InputError(f"{name}, row {row + int(row_of_block or 0)}: {message}{fix}") from error

@@ -6,6 +6,7 @@ from rm.config.cli import parse, run_program
 from rm.config.errors import InputError
 from rm.config.files import write_file
 from rm.config.section import Section, option
+from rm.log.trackers import print_safely
 from rm.report.page import report_html
 
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
         raise InputError("several runs: give --output FILE, such as --output comparison.html")
     output = Path(given.output or Path(given.folders[0]) / "report.html")
     write_file(output, report_html(given.folders, given.by))
-    print(output)
+    print_safely(str(output))
 
 
 if __name__ == "__main__":

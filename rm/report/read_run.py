@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
+from rm.config.cli import load_yaml
 from rm.config.errors import InputError
 from rm.config.options import RewardConfig
 from rm.config.redact import safe_line
@@ -24,7 +25,7 @@ TABLE_NUMBERS = (  # numeric columns of an evaluation table
 
 
 class Results(BaseModel):
-    """What the report shows of results.json."""
+    """What the report and a restart read of results.json."""
 
     summary: dict[str, Any] = {}
     intervals: dict[str, tuple[float, float]] = {}
@@ -35,6 +36,20 @@ class Results(BaseModel):
     layout: str = ""
     packages: dict[str, str] = {}
     machine: dict[str, Any] = {}
+    adapter: dict[str, Any] | None = None
+    normalization: dict[str, float] | None = None
+
+
+class Audit(BaseModel, extra="allow"):
+    """What the report shows of a split in data_report.json, or of one of its sets."""
+
+    __pydantic_extra__: dict[str, float]  # the counts
+    source: str | None = None
+    format: str | None = None
+    layout: str | None = None
+    fingerprint: str | None = None
+    columns: dict[str, Any] = {}
+    sets: dict[str, "Audit"] = {}
 
 
 class Pair(BaseModel):
@@ -85,9 +100,28 @@ class Notes(list[str]):
         try:
             with np.errstate(all="ignore"):  # edited numbers may overflow
                 return make(*arguments)
-        except (ValueError, ArithmeticError, OSError, yaml.YAMLError) as error:
+        except (ValueError, ArithmeticError, OSError) as error:
             why = " ".join(str(error).split("[type=")[0].split())  # pydantic gives more
             self.append(safe_line(f"Left out: {what} ({type(error).__name__}: {why[:200]})."))
+
+    def validate(self, what: str, kind: TypeAdapter, value: Any) -> Any:
+        """`value` as the type `kind`, without the entries of its dicts that have a wrong type; these are noted."""
+        try:
+            return kind.validate_python(value)
+        except ValidationError as error:
+            problems, wrong = error.errors(), {}
+        for problem in problems:
+            parent, inner, keys = {}, value, []
+            for key in problem["loc"]:
+                if isinstance(inner, dict) and key in inner:
+                    parent, inner, keys = inner, inner[key], [*keys, key]
+            wrong[tuple(keys)] = parent, problem["msg"]
+        if () in wrong:
+            return self.attempt(what, kind.validate_python, value)
+        for keys, (parent, problem) in wrong.items():
+            self.append(safe_line(f"Left out: {'.'.join(map(str, keys))} of {what} ({problem})."))
+            del parent[keys[-1]]
+        return self.validate(what, kind, value)
 
     def read_lines(self, path: Path, kind: Any) -> list[Any]:
         """The lines of a JSON Lines file as the type `kind`; unusable ones, such as one cut by a crash, are noted."""
@@ -119,9 +153,10 @@ class Run:
                 for key, value in line.items():
                     self.curves.setdefault(key, {})[int(step)] = value
         self.last_step = max(self.curves.get("step", {0: 0}))
-        self.results = self._read("results.json", Results.model_validate_json) or Results()
-        self.config = self.results.config or self._read("config.yaml", yaml.safe_load) or {}
-        self.data = self._read("data_report.json", TypeAdapter(dict[str, dict[str, Any]]).validate_json) or {}
+        self.results: Results = self._read("results.json", from_json, Results) or Results()
+        self.config = self.results.config or self._read("config.yaml", load_yaml, dict[str, Any]) or {}
+        audits = self._read("data_report.json", from_json, dict[str, Audit]) or {}
+        self.data = {split: audit.model_dump(exclude_unset=True) for split, audit in audits.items()}
         self.sets = list(self.data.get("test", {}).get("sets", {}))
         last = {name: curve[max(curve)] for name, curve in self.curves.items()}
         values = pd.Series(self.results.summary or last, dtype=object).filter(like="/")
@@ -133,10 +168,11 @@ class Run:
         is_best = self.config.get("load_best_model_at_end") and best in steps
         self.table_step = int(best) if is_best else max(steps, default=None)
 
-    def _read(self, name: str, load: Callable[[bytes], Any]) -> Any:
-        """The content of a file; None if it is missing or unusable."""
+    def _read(self, name: str, load: Callable[[str], Any], kind: Any) -> Any:
+        """The content of a file as the type `kind`, without what has another type; None if there is none."""
         path = self.folder / name
-        return self.notes.attempt(name, lambda: load(path.read_bytes())) if path.is_file() else None
+        value = self.notes.attempt(name, lambda: load(path.read_text("utf-8"))) if path.is_file() else None
+        return None if value is None else self.notes.validate(name, TypeAdapter(kind), value)
 
     def numbered(self, pattern: str) -> list[tuple[int, Path]]:
         """(step, file) in order; none past the last step: those are left from before a resume."""

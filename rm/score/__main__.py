@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
     """Score the input; returns the exit code: 0, or 1 if there are lines and none could be scored."""
     own, options = parse(argv, Score, accepts=ACCEPTED)
     source, target = (None if path == "-" else path for path in (own.input, own.output))
+    if not target and sys.stdout.name == os.devnull:
+        raise InputError("standard output is closed; give --output")
     file = open(source, "rb") if source else sys.stdin.buffer
     size = os.path.getsize(source) if source else 0  # 0 also for a pipe
     with open_output(Path(target)) if target else nullcontext((sys.stdout.buffer, {})) as (output, last):

@@ -35,6 +35,7 @@ MASKS = {**TOKEN_COLUMNS, ("input_ids",): ("attention_mask",)}  # keys of token 
 FORMS = [*MASKS, SIDES, ("responses",), ("prompt", "response"), ("prompt", "completion"), ("messages",), ("text",)]
 ACCEPTED = (*fields_of(TokenOptions), *fields_of(QuantizationOptions), "dtype", "trust_remote_code")
 ACCEPTED += ("micro_batch_tokens", "layout", "mixed_precision", "eval_dtype", "tf32", "attn_implementation")
+CHARACTERS = 256  # of a token, on average, at most: a longer text is not tokenized
 
 
 class Scorer:
@@ -46,8 +47,9 @@ class Scorer:
     Args:
         model: the output folder of a run, or a hub name.
         normalize: return (r - mean) / std, with the moments of the rewards of answers of the training set.
-        options: of `RewardConfig` (`ACCEPTED`). Without `max_length` only the model's positions limit
-            a sequence; without `micro_batch_tokens` it is twice the training's, or its `eval_micro_batch_tokens`.
+        options: of `RewardConfig` (`ACCEPTED`). Without `max_length` a sequence is limited by
+            the positions of the model (if they are computed: those it was trained on, or the training's `max_length` if
+            it is larger); without `micro_batch_tokens` it is twice the training's, or its `eval_micro_batch_tokens`.
     """
 
     def __init__(self, model: str, *, normalize: bool = False, **options: Any):
@@ -61,7 +63,9 @@ class Scorer:
         as_conversation, why = conversations_from_text(config, self.tokenizer)
         if self.tokenizer.chat_template:
             logger.info(why)
-        limits = (config.max_length if "max_length" in options else None, max_positions(self.model))
+        trained = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        usual = max(trained, config.max_length or 0) if trained else None
+        limits = (config.max_length if "max_length" in options else usual, max_positions(self.model))
         self.encoding = Encoding(
             add_eos=config.add_eos,
             text_as_conversation=as_conversation,
@@ -161,6 +165,9 @@ def read_input(record: Any, encoding: Encoding, tokenizer: Any) -> Example:
     for name, answer in zip(example.names, example.answers, strict=True):
         if example.kind != "tokens" and is_blank(answer):
             raise RowError(f"{name!r} is blank")
+    size = 0 if example.kind == "tokens" else len(str((example.prompt, example.answers)))
+    if size > CHARACTERS * len(example.answers) * (encoding.max_length or 2**20):
+        raise RowError(f"has {size:,} characters, which are more than {encoding.max_length or 2**20:,} tokens")
     if example.kind == "conversation":
         example.variables = template_variables(record, encoding.chat_template_kwargs)
     return example

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from rm.config.errors import InputError, RunError
-from rm.config.files import damage, discard_folder, new_folder, publish_folder
+from rm.config.files import damage, discard_folder, naming, new_folder, publish_folder
 from rm.train.processes import on_main_process
-from rm.train.run_dir import Run, writing
+from rm.train.run_dir import Run
 from rm.train.sharding import WRAPPERS, save_shards
 from rm.train.state import TrainState
 
@@ -71,11 +71,11 @@ class Checkpoints:
         else:
             weights, moments, rest = self._tensors()
             if isinstance(self.model, FSDPModule):
-                with writing(str(final), folder):
+                with naming(final, folder):
                     digests = save_shards(folder / SHARDS, {**weights, **moments})
 
         def publish() -> None:
-            with writing(str(final), folder):
+            with naming(final, folder):
                 if not self.is_deepspeed:
                     (folder / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
                     for name, tensors in () if digests else (("model", weights), ("optimizer", moments)):

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rm.config.errors import RunError
-from rm.config.files import finite, new_folder, read_json, write_file
+from rm.config.files import finite, naming, new_folder, read_json, write_file
 from rm.config.options import RewardConfig
 from rm.config.redact import redact
 from rm.data.dataset import PreferenceData
@@ -36,7 +36,7 @@ from rm.model.reward_model import RewardModel, is_half_precision, unwrapped
 from rm.model.saved import reward_scale, sample_of, set_scale
 from rm.report.card import model_card
 from rm.train.processes import on_main_process
-from rm.train.run_dir import Run, writing
+from rm.train.run_dir import Run
 from rm.train.sharding import full_weights
 from rm.train.state import TrainState
 
@@ -72,7 +72,7 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
 
     def save() -> None:
         export = new_folder(run.folder / "model")
-        with writing(f"the model in {run.folder}", export):
+        with naming(f"the model in {run.folder}", export):
             try:
                 save_model(unwrapped(model), parts, train_set.tokenizer, export, config, scale)
             finally:

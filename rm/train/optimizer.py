@@ -51,7 +51,11 @@ def make_optimizer(model: RewardModel, config: RewardConfig) -> torch.optim.Opti
     for name in config.optim_args or {}:
         if name not in known:
             raise InputError(f"optim_args: {config.optim} takes no {name!r} here; it takes {', '.join(known)}")
-    return make(parameter_groups(model, config), lr=config.learning_rate, **options | (config.optim_args or {}))
+    groups, options = parameter_groups(model, config), options | (config.optim_args or {})
+    try:
+        return make(groups, lr=config.learning_rate, **options)
+    except (TypeError, ValueError) as error:  # raised by torch for wrong values
+        raise InputError(f"optim_args={config.optim_args}: {error}") from None
 
 
 def make_scheduler(

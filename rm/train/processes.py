@@ -45,7 +45,7 @@ SAME_SIGNAL = 1.0  # seconds: a repeated signal is ignored (terminal and torchru
 def make_accelerator(config: RewardConfig) -> Accelerator:
     """The accelerator of the run. Raises `InputError` for options that launcher, engine or device do not support."""
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1") and missing:
         fix = f"without {', '.join(missing)}: start the program with torchrun, or unset WORLD_SIZE"
         raise InputError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set {fix}")
     prepare_trackers(config.report_to)
@@ -60,7 +60,7 @@ def make_accelerator(config: RewardConfig) -> Accelerator:
             ],
         )
     except ValueError as error:  # fp16 without a GPU
-        raise InputError(f"mixed_precision={config.mixed_precision}: {error}") from None
+        raise InputError(f"the processes cannot start with mixed_precision={config.mixed_precision}: {error}") from None
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         # DeepSpeed clips gradients itself, and requires a batch size that has no effect here
         plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.max_grad_norm}

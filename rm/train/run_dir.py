@@ -11,32 +11,19 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
 from rm.config.errors import InputError, RunError
-from rm.config.files import (
-    GO_ON,
-    damage,
-    digest,
-    discard_folder,
-    finite,
-    fsync,
-    lock_folder,
-    naming,
-    read_json,
-    write_file,
-)
+from rm.config.files import damage, digest, discard_folder, finite, fsync, lock_folder, naming, read_json, write_file
 from rm.config.options import RewardConfig, changed_options
 from rm.config.redact import redact
 from rm.data.tokenizer import find_base
 from rm.report.hub import FILES, Hub, open_repo
+from rm.report.read_run import Notes, Results
 from rm.train.processes import on_main_process
 
 logger = logging.getLogger(__name__)
@@ -48,6 +35,7 @@ PATTERNS = (  # of all files that a run may write
     *FILES,
     *"metrics.jsonl.bak mistakes.jsonl report.html finished.json export_check.json".split(),
     *"eval/step-*.parquet samples/step-*.jsonl checkpoints/step-* adapter/*".split(),
+    *".[!.]*.part .*.partial eval/.*.part samples/.*.part checkpoints/.*.partial".split(),  # temporary names
 )
 VERSION_1 = {"config.yaml", "metrics.jsonl", "results.json"}  # a directory of version 1 has these, and no `.run_files`
 KEPT_ON_RESUME = ("metrics.jsonl", "eval/", "samples/", "checkpoints/")
@@ -81,7 +69,7 @@ class Run:
             self.lock = lock_folder(self.folder)
             self._check_files()
         except OSError as error:
-            raise InputError(f"output_dir={self.folder} cannot be written: {error.strerror}") from None
+            raise InputError(f"output_dir={self.folder} cannot be written: {error}") from None
         if self.config.resume_from_checkpoint:
             self._find_start(self.config.resume_from_checkpoint)
         if self.config.push_to_hub:
@@ -93,7 +81,7 @@ class Run:
         config, data = self.config, self.record["dataset_name"]
         data = "+".join(Path(place).name.split(".")[0] for place in ([data] if isinstance(data, str) else data))
         generated = f"{Path(self.record['model_name_or_path']).name}-{data[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(config.output_dir or Path("runs", config.run_name or generated))
+        self.folder = Path(os.path.expanduser(config.output_dir or Path("runs", config.run_name or generated)))
         if not (config.output_dir or config.run_name) and self.folder.exists():
             self.folder = Path(f"{self.folder}-{os.getpid()}")  # another run of the same second
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,20 +96,22 @@ class Run:
         found = {path.relative_to(self.folder).as_posix(): path for path in sorted(paths)}
         record = self.folder / RECORD
         lines = list(found.keys() - {*FOLDERS}) if VERSION_1 <= found.keys() else []
-        lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else lines
+        lines = os.fsdecode(record.read_bytes()).splitlines() if record.exists() else lines
         self.own = {name for name in lines if not Path(name).is_absolute() and ".." not in Path(name).parts}
         if self.own & found.keys() and not (self.config.overwrite_output_dir or self.config.resume_from_checkpoint):
             fix = "choose another, or give overwrite_output_dir=true or resume_from_checkpoint=latest"
             raise InputError(f"output_dir={self.folder} already holds a run; {fix}")
         for name, path in found.items():
-            is_folder = name in FOLDERS or name.startswith("checkpoints/")
-            if path.is_dir() != is_folder or name not in (*self.own, *FOLDERS):
+            is_folder = name in FOLDERS or name.startswith("checkpoints/") or path.suffix == ".partial"
+            is_ours = name in (*self.own, *FOLDERS) or (record.exists() and path.suffix in (".part", ".partial"))
+            if path.is_dir() != is_folder or not is_ours:
                 fix = "no run of this program wrote it; move it away, or choose another output_dir"
                 raise InputError(f"output_dir={self.folder}: '{name}' is in the way: {fix}")
 
     def _find_start(self, resume_from: str) -> None:
-        results = read_json(self.folder / "results.json")
-        if resume_from == "latest" and results and self.has_files("export_check.json"):
+        results = read_json(self.folder / "results.json") or {}
+        whole = Results.model_fields.keys() <= results.keys() and Notes().attempt("", Results.model_validate, results)
+        if resume_from == "latest" and whole and self.read_verified("export_check.json"):
             reject(changed_options(results["config"], self.record, True), self.folder)
             self.results = results
             return
@@ -227,11 +217,12 @@ class Run:
         shutil.rmtree(folder)
         return sizes
 
-    def has_files(self, name: str) -> bool:
-        """Whether every file that the JSON file `name` lists has the size that it states."""
-        sizes = (read_json(self.folder / name) or {}).get("files", {})
-        paths = {self.folder / file: size for file, size in sizes.items()}
-        return bool(paths) and all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+    def read_verified(self, name: str) -> dict[str, Any]:
+        """The content of the JSON file `name` if every file that it lists has the size that it states; otherwise {}."""
+        sizes = (content := read_json(self.folder / name) or {}).get("files")
+        paths = {os.path.join(self.folder, file): size for file, size in sizes.items()} if type(sizes) is dict else {}
+        is_same = paths and all(os.path.isfile(path) and os.path.getsize(path) == paths[path] for path in paths)
+        return content if is_same else {}
 
     def write_finished(self, export_check: dict[str, Any]) -> None:
         """Write `finished.json`: the sizes of the files that the end of a run writes, and the result of the check."""
@@ -241,8 +232,8 @@ class Run:
 
     def finished_check(self) -> dict[str, Any] | None:
         """The export check in `finished.json`, if it passed and every file has its size; otherwise None."""
-        check = (read_json(self.folder / "finished.json") or {}).get("export_check", {})
-        return check if check.get("passed") is True and self.has_files("finished.json") else None
+        check = self.read_verified("finished.json").get("export_check")
+        return check if isinstance(check, dict) and check.get("passed") is True else None
 
 
 def model_fingerprint(model: Any) -> str:
@@ -260,13 +251,3 @@ def reject(changes: list[str], where: Path | None) -> None:
     if changes:
         fix = "resume with the options and data it began with, or give another output_dir"
         raise InputError(f"{where} is of another run ({'; '.join(changes)}); {fix}")
-
-
-@contextmanager
-def writing(what: str, partial: Path) -> Iterator[None]:
-    """Raise a failure to write as `RunError`, and remove the folder `partial`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{what} cannot be written ({str(error).splitlines()[0]}); {GO_ON}") from error

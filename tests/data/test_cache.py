@@ -1,5 +1,6 @@
 """The token cache: what its key covers, damaged files, killed writers, two writers at once, workers."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ from tokenizers import normalizers
 
 import rm.data.cache
 from rm.config.errors import InputError
+from rm.config.files import DiskError
 from rm.data.mixture import load_data
 
 
@@ -75,6 +77,7 @@ DAMAGE = {  # (file, its new content; None: the file is gone)
     "gone": ("tokens.arrow", None),
     "no checksums": ("manifest.json", None),
     "cut checksums": ("manifest.json", lambda content: content[:-5]),
+    "no file name": ("manifest.json", lambda content: b'{"a\\u0000b": {}}'),
 }
 
 
@@ -108,6 +111,16 @@ def test_a_killed_writer_leaves_no_entry(data_of, entries, monkeypatch, caplog, 
     assert writer.exitcode == -signal.SIGKILL and [path.name[0] for path in entries()] == ["."]
     monkeypatch.undo()
     assert len(data_of([HH, GOOD])) == 2 and "damaged" not in caplog.text
+
+
+def test_a_full_disk_is_named(data_of, entries, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as Arrow raises it, without a file name
+
+    monkeypatch.setattr(rm.data.cache.Dataset, "map", full)
+    with pytest.raises(DiskError, match="No space left on device: '.*/reward_prompts/"):
+        data_of([HH, GOOD])
+    assert entries() == []
 
 
 def test_a_wrong_row_leaves_nothing(data_of, entries):

@@ -233,6 +233,8 @@ UNREADABLE = {
     "semicolons.csv": (b"chosen;rejected\na, b;c\n", "the columns are separated by semicolons; separate them by"),
     "tabs.csv.gz": (gzip.compress(b"chosen\trejected\na\tc\n"), "the columns are separated by tabs; separate them by"),
     "ragged.csv": (b"chosen,rejected\na,b\na,b,c,d\n", "cannot be read: ParserError"),
+    "nested.jsonl": (json_lines(GOOD) + b'{"x": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", "row 2: is nested too"),
+    "long.jsonl": (json_lines(GOOD, GOOD | {"x": "a" * (40 << 20)}), "row 2: .*; a row may have 16 MB"),
     "latin.csv": (b"chosen,rejected\na,\xe9\n", "cannot be read: UnicodeDecodeError: .*; write the file in UTF-8$"),
     "latin.parquet": (latin_parquet, "row 2: 'utf-8' codec can't decode .*; write the file in UTF-8$"),
 }  # fmt: skip
@@ -246,6 +248,20 @@ def test_file_that_cannot_be_read(tokenizer, tmp_path, name):
     with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path / name))}(, |: |/){message.lstrip('/')}") as error:
         read(str(tmp_path / name), tokenizer)
     assert "\n" not in str(error.value)
+
+
+def test_names_that_no_file_has(tokenizer, monkeypatch):
+    for name in ("y" * 300, "a/" * 3000 + "b.jsonl", "~nobody.jsonl", "~nobody/a", "a\0b.jsonl"):
+        with pytest.raises(InputError, match="there is no such file or folder$"):
+            read(name, tokenizer)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/cache")
+    with pytest.raises(InputError, match="the cache of data sets cannot be written .*/dev/null.*; set HF_HOME to"):
+        read("toy", tokenizer)
+
+
+def test_brackets_in_a_text(tmp_path):
+    write(tmp_path / "a.jsonl", [GOOD, GOOD | {"chosen": "[" * 20_000}])
+    assert load_source(str(tmp_path / "a.jsonl"), split="train").dataset[1]["chosen"] == "[" * 20_000
 
 
 def test_a_url_and_a_hub_that_is_not_reached(monkeypatch):

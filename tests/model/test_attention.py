@@ -20,7 +20,8 @@ from rm.evaluate import __main__ as evaluate
 from rm.forward import choose_layout, score_batch
 from rm.model import attention
 from rm.model.attention import SDPA_BY_TREE, VARLEN, attend_by_tree, attention_pieces, dense_mask, varlen_arguments
-from rm.model.load import load_saved_model, load_tokenizer
+from rm.data.tokenizer import load_tokenizer
+from rm.model.load import load_saved_model
 from rm.model.reward_model import RewardModel
 from rm.model.saved import recorded_config
 from rm.score import scorer

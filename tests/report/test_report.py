@@ -321,8 +321,8 @@ def test_files_that_cannot_be_read(tmp_path):
             "intervals.eval",
         ),
         ("results", lambda r: r["summary"].update({"eval/loss": [1], "eval/accuracy": "much"}), "", "not finite"),
-        ("results", lambda r: r.update(packages=3, git_diff=["a"]), "", "Left out: results.json"),
-        ("data", lambda r: r.update(test=7), "data", "Left out: data_report.json"),
+        ("results", lambda r: r.update(packages=3, git_diff=["a"]), "", "packages of results.json"),
+        ("data", lambda r: r.update(test=7), "", "Left out: test of data_report.json"),
         ("sample", lambda r: r.update(token_rewards_chosen=[["a"]]), "", "1 unusable line of step-20.jsonl"),
         ("sample", lambda r: r.update(prompt=[1], reward_chosen={}, id=None), "", "1 unusable line of step-20.jsonl"),
         ("table", dict(reward_chosen=1e308, reward_rejected=-1e308), EVALUATION, "its rewards are not finite"),
@@ -356,7 +356,7 @@ def test_huge_and_nested_numbers(tmp_path, drawn):
     (folder / "metrics.jsonl").write_text(text)
     (folder / "results.json").write_text("[" * 100_000)
     page = Page(report_html([folder]))
-    assert "results.json (ValidationError" in page.text and "Left out: 1 that are not finite." in page.text
+    assert "results.json (ValueError" in page.text and "Left out: 1 that are not finite." in page.text
     assert CURVES - {"loss"} <= set(page.ids)
 
 

@@ -195,3 +195,5 @@ def test_what_is_too_long(tokenizer):
     assert str(long) == "'responses[0]' has 5 tokens, the limit is 3; overlength=truncate_left cuts it"
     cut = dataclasses.replace(encoding, overlength="truncate_left")
     assert sequences(encode_inputs(records, tokenizer, cut)) == [[[8, 9, 2]], [[10, 11, 2], [12, 2]]]
+    huge = [{"text": "a " * 400}, {"prompt": "a " * 800, "responses": ["b", "c"]}]  # are not tokenized
+    assert [str(e)[:8] for e in encode_inputs(huge, None, cut)] == ["has 807 ", "has 1,61"]

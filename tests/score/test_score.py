@@ -391,7 +391,7 @@ def test_rewards_that_are_not_finite_and_broken_files(folders, command, tmp_path
     assert command(model, "--input=x.jsonl", "--output=v.jsonl", lines=[])[0] == 0
 
 
-def test_wrong_arguments_are_one_line(folders, fails, tmp_path):
+def test_wrong_arguments_are_one_line(folders, fails, tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text('{"text": "no."}\n')
     model = f"--model={folders('full')}"
     for options, message in {
@@ -408,6 +408,8 @@ def test_wrong_arguments_are_one_line(folders, fails, tmp_path):
         (f"--model={folders('no_scale')}", "--input=x.jsonl", "--normalize"): "has no reward_mean",
     }.items():
         assert message in fails(*options, module="rm.score"), options
+    monkeypatch.setattr("sys.stdout", None)  # closed by the shell
+    assert "standard output is closed; give --output" in fails(model, "--input=x.jsonl", module="rm.score")
 
 
 def test_help(capfdbinary):

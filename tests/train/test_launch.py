@@ -237,6 +237,8 @@ def test_several_processes_without_a_launcher(zygote, tmp_path):
     assert run.wait(20) == 2 and not (tmp_path / "out").exists()
     fix = "start the program with torchrun, or unset WORLD_SIZE"
     assert run.stderr.strip() == f"error: WORLD_SIZE=2 is set without RANK, MASTER_ADDR, MASTER_PORT: {fix}"
+    run = zygote.start(ENDLESS, tmp_path, WORLD_SIZE="x")
+    assert run.wait(20) == 2 and "error: WORLD_SIZE=x is set without RANK" in run.stderr
 
 
 def test_a_run_in_a_process_of_ones_own_leaves_its_signals_alone(train):

@@ -171,6 +171,7 @@ def test_the_plain_optimizer_is_the_same_as_the_fused_one(train):
         ("--optim=adamw", "optim='adamw': must be 'adamw_torch_fused', 'adamw_torch', 'ada"),
         ("--optim=sgd --adam_beta1=0.8", "adam_beta1=0.8: has no effect with optim=sgd; use optim_args"),
         ("--optim=sgd --optim_args=moment=1", "optim_args: sgd takes no 'moment' here; it takes momentum"),
+        ("--optim_args=betas=(1,2)", "optim_args={'betas': [1, 2]}: Invalid beta parameter at index 0: 1"),
         ("--lr_scheduler_type=greedy", "lr_scheduler_type='greedy': depends on evaluations"),
         ("--lr_scheduler_type=greedy --warmup_steps=2", "warmup_steps=2: lr_scheduler_type=greedy has no warm-up"),
         ("--early_stopping_patience=2", "early_stopping_patience=2: has no effect without eval_steps"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 
@@ -37,7 +38,8 @@ def contents(folder) -> dict:
 # ---------------------------------------------------------------------------------------------- files of others
 
 IN_THE_WAY = """README.md eval eval/step-3.parquet samples/step-4.jsonl config.json model-00001-of-00002.safetensors
-report.html/index.html checkpoints/step-9/notes adapter/notes metrics.jsonl""".split()
+report.html/index.html checkpoints/step-9/notes adapter/notes metrics.jsonl .README.md.part .model.partial/x
+checkpoints/.step-9.partial/x""".split()
 
 
 @pytest.mark.parametrize("name", IN_THE_WAY)
@@ -45,7 +47,7 @@ def test_files_of_others_are_neither_removed_nor_replaced(tmp_path, again, name)
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    named = {"report.html/index.html": "report.html", "checkpoints/step-9/notes": "checkpoints/step-9"}.get(name, name)
+    named = re.sub(r"(report.html|step-9|partial)/.*", r"\1", name)
     for options in ([], [OVERWRITE], [LATEST]):
         code, error, _ = again(*options)
         assert code == 2 and error.startswith(f"error: output_dir=run: '{named}' is in the way: no run of this program")
@@ -86,7 +88,7 @@ def test_a_run_of_version_1_is_known_by_its_files(finished, tmp_path, again):
     assert_same_bits(tmp_path / "run", finished)
 
 
-def test_names_mean_exactly_what_they_say(tmp_path, again):
+def test_names_mean_exactly_what_they_say(tmp_path, again, monkeypatch):
     for name in ("run1", "run[1]", "run*?"):
         assert again(f"--output_dir={name}", f"--seed={len(name)}")[0] == 0
     code, _, log = again("--output_dir=run[1]", "--seed=6", LATEST)
@@ -95,6 +97,11 @@ def test_names_mean_exactly_what_they_say(tmp_path, again):
     for options in (["a\0b"], ["x" * 300], ["file/run"], ["none", f"--run_name={'é' * 200}"]):
         code, error, _ = again(f"--output_dir={options[0]}", *options[1:])
         assert code == 2 and error.startswith("error: output_dir=") and "cannot be written" in error
+    (tmp_path / "locked/.run_lock").mkdir(parents=True)
+    code, error, _ = again("--output_dir=locked")
+    assert code == 2 and error.endswith("cannot be written: [Errno 21] Is a directory: 'locked/.run_lock'")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert again("--output_dir=~/run", "--max_steps=1")[0] == 0 and (tmp_path / "home/run/finished.json").exists()
     code, error, _ = again("--output_dir=none", "--run_name=a\0b")
     assert code == 2 and error.startswith("error: run_name=") and "must be a plain name" in error
 
@@ -165,7 +172,11 @@ def test_what_is_missing_of_a_finished_run_is_written_again(finished, tmp_path, 
         (tmp_path / "run" / name).unlink()
         code, _, log = again(LATEST)
         assert code == 0 and "export checked" in log and "resumed" not in log and (tmp_path / "run" / name).is_file()
+    (tmp_path / "run/finished.json").write_text('{"files": [1], "export_check": "x"}')
+    code, _, log = again(LATEST)
+    assert code == 0 and "export checked" in log and "resumed" not in log
     damages = [("model.safetensors", "w"), ("config.json", None), ("results.json", "["), ("results.json", "[" * 10**5)]
+    damages += [("results.json", '{"config": 3}')]
     for name, text in damages:  # not finished: it is trained from its last checkpoint
         path = tmp_path / "run" / name
         path.unlink() if text is None else path.write_text(text)
