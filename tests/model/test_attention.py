@@ -16,11 +16,11 @@ from rm.collate import collate, collate_trees
 from rm.config.errors import InputError
 from rm.data.plan import Layout, MicroBatch
 from rm.data.tokenize import Tree
+from rm.data.tokenizer import load_tokenizer
 from rm.evaluate import __main__ as evaluate
 from rm.forward import choose_layout, score_batch
 from rm.model import attention
 from rm.model.attention import SDPA_BY_TREE, VARLEN, attend_by_tree, attention_pieces, dense_mask, varlen_arguments
-from rm.data.tokenizer import load_tokenizer
 from rm.model.load import load_saved_model
 from rm.model.reward_model import RewardModel
 from rm.model.saved import recorded_config
