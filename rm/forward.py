@@ -133,6 +133,7 @@ def layout_problem(model: nn.Module, packed: Batch, padded: Batch) -> str:
         with torch.enable_grad(), without_autocast(model), torch.autocast(factor_D.device.type, enabled=False):
             rewards_N = score_batch(getattr(model, "module", model), batch)  # DDP would expect a backward pass
             weighted = rewards_N @ torch.linspace(1, 2, len(rewards_N), device=rewards_N.device)
+            weighted = weighted + 0 * factor_D.sum()  # if all weights are frozen, the gradient is zero
             (gradient_D,) = torch.autograd.grad(weighted, factor_D, allow_unused=True, materialize_grads=True)
         handle.remove()
         found.append((rewards_N.detach(), gradient_D))

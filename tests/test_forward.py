@@ -214,6 +214,7 @@ def test_auto_is_shared_prefix_where_it_is_verified(pairs, groups):
             assert choose_layout("auto", model, pairs, PAD).name == "shared_prefix"
             assert model.config._attn_implementation == kernel and model.training
             assert all(p.grad is None for p in model.parameters())
+    assert choose_layout("auto", model.requires_grad_(False), pairs, PAD).name == "shared_prefix"
 
 
 def test_a_model_that_does_not_pass_the_pieces_on_gets_dense_masks(pairs, monkeypatch):
