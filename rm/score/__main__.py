@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     """Score the input; returns the exit code: 0, or 1 if there are lines and none could be scored."""
     own, options = parse(argv, Score, accepts=ACCEPTED)
     source, target = (None if path == "-" else path for path in (own.input, own.output))
-    if not target and sys.stdout.name == os.devnull:
+    if not target and getattr(sys.stdout, "name", "") == os.devnull:  # by `open_streams`
         raise InputError("standard output is closed; give --output")
     file = open(source, "rb") if source else sys.stdin.buffer
     size = os.path.getsize(source) if source else 0  # 0 also for a pipe

@@ -196,4 +196,4 @@ def test_what_is_too_long(tokenizer):
     cut = dataclasses.replace(encoding, overlength="truncate_left")
     assert sequences(encode_inputs(records, tokenizer, cut)) == [[[8, 9, 2]], [[10, 11, 2], [12, 2]]]
     huge = [{"text": "a " * 400}, {"prompt": "a " * 800, "responses": ["b", "c"]}]  # are not tokenized
-    assert [str(e)[:8] for e in encode_inputs(huge, None, cut)] == ["has 807 ", "has 1,61"]
+    assert [str(e)[:8] for e in encode_inputs(huge, tokenizer, cut)] == ["has 812 ", "has 1,61"]
