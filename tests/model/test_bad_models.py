@@ -51,7 +51,7 @@ MODELS = {  # what is done to a copy of the base model: the message
     "wrong type": (change(num_attention_heads="four"), TOKENIZER + ".*'num_attention_heads' expected int"),
     "wrong value": (change(num_attention_heads=0), TOKENIZER + "ZeroDivisionError"),
     "wrong name": (change(hidden_act="sine"), LOADED + "KeyError: 'sine'"),
-    "unknown kind": (change(model_type="new"), LOADED + ".*does not recognize this"),
+    "unknown kind": (change(model_type="new"), LOADED + ".*does not know the architecture new"),
     "other shape": (change(hidden_size=64), LOADED + r"model.embed_tokens.weight has the shape \[64, 32\]; "),
     "weights are cut": (cut, BROKEN),
     "weights are noise": (put("model.safetensors", b"\xff" * 5000), BROKEN),
