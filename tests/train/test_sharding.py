@@ -287,7 +287,7 @@ def test_the_model_is_written_in_parts(whole, fsdp_zygote, tmp_path):
 PEAKS = """
 import os, sys, train_rm
 from rm.train import sharding
-sharding.FILE_BYTES = 40e6  # of some hundred MB of a process
+sharding.FILE_BYTES = 10e6  # of some hundred MB of a process
 def peak(name):
     status = dict(line.split(":") for line in open("/proc/self/status"))
     size = status["VmRSS" if name == "imports" else "VmHWM"]
