@@ -320,7 +320,7 @@ def test_memory_of_four_processes(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
     zygote = Zygote("fsdp_on_cpu")
-    size = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16, num_labels=1)
+    size = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16, num_labels=1)
     config = AutoConfig.from_pretrained(ROOT / "configs" / "tiny_llama", num_key_value_heads=16, head_dim=64, **size)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
     for path in (ROOT / "configs" / "tiny_llama").glob("*"):
@@ -335,7 +335,7 @@ def test_memory_of_four_processes(tmp_path, monkeypatch):
         assert [run.wait(600) for run in runs] == [0] * 4, runs[0].stderr[-3000:]
         shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-3")
         count = int((tmp_path / "weights").read_text())
-        share, groups = 16 * count / 4, 2 * 4 * count / 16  # weights, gradients, two moments; two of 16 layers
+        share, groups = 16 * count / 4, 2 * 4 * count / 24  # weights, gradients, two moments; two of 24 layers
         for rank, run in enumerate(runs):
             peaks = {name: int(value) for name, value in re.findall(r"^([a-z]+) (\d+)$", run.stderr, re.M)}
             used = {name: (peaks[name] - peaks["imports"]) / 1e6 for name in ("loading", "training")}
