@@ -4,11 +4,17 @@ import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from runs import SMALL, assert_same_run, lines, mixture, program, wait_until
 from safetensors.torch import load_file
+
+from rm.config.errors import InputError
+from rm.config.options import RewardConfig
+from rm.train.processes import check_support
 
 RAGGED = ["dataset_name=toy", *SMALL, "--train_batch_size=17", "--max_train_samples=50", "--eval_steps=2"]  # 17, 17, 16
 LORA = ["--use_peft", "--lora_target_modules=all-linear", "--lora_dropout=0"]
@@ -146,3 +152,18 @@ def test_a_process_that_is_killed_ends_the_others(zygote, tmp_path):
     assert runs[0].poll() is None, runs[0].stderr
     os.kill(runs[1].pid, 9)
     assert runs[0].wait(timeout=30) != 0
+
+
+@pytest.mark.parametrize("options", [{"fsdp_version": 1}, {"fsdp_version": 2, "activation_checkpointing": True}])
+def test_settings_of_fsdp_that_are_not_supported(options):
+    plugin = FullyShardedDataParallelPlugin(**options)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        mixed_precision="no",
+        device=SimpleNamespace(type="cuda"),
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )
+    with pytest.raises(InputError, match="fsdp_version: 2; gradient_checkpointing=true"):
+        check_support(RewardConfig(), accelerator)
+    plugin.fsdp_version, plugin.activation_checkpointing = 2, False
+    check_support(RewardConfig(), accelerator)
