@@ -239,7 +239,8 @@ def read_row(row: dict[str, Any], encoding: Encoding) -> Example:
     if any(row.get(name) for name in IMAGES):
         raise RowError(NO_IMAGES)
     if example.kind != encoding.kind:
-        raise RowError(f"{example.names[0]!r} is {example.kind}, expected {encoding.kind}, as in the other rows")
+        what = f"{example.kind}, expected {encoding.kind}, as in the other rows"
+        raise RowError(f"{example.names[0]!r} is {what}; text_as_conversation=true makes text a conversation")
     if example.kind == "conversation":
         example.variables = template_variables(row, encoding.chat_template_kwargs)
     example.comparisons = [(0, 1)] if example.comparisons is None else list(example.comparisons)
