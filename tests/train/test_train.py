@@ -96,6 +96,10 @@ def test_bf16_autocast_and_gradient_checkpointing(train, caplog):
     assert layout == "shared_prefix (verified on 4 prompts)"
     exports = [r.getMessage() for r in caplog.records if "export checked" in r.getMessage()]
     assert float(exports[-1].split()[-1]) < 1e-5  # without autocast, whose rounding is larger
+    _, weights = train("weights", "--dtype=bfloat16")
+    for folder, factor, least in ((half, 1e-3, 0.1), (weights, 0.1, 0.5)):  # relative to the spread of the rewards
+        check = json.loads((folder / "export_check.json").read_text())
+        assert check["tolerance"] == pytest.approx(factor * max(np.std(check["rewards"]), least))
 
 
 @pytest.mark.slow
