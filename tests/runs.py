@@ -16,6 +16,30 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = [f"--config={ROOT / 'tests' / 'small.yaml'}"]
+KILL_AT = """
+import os, pathlib, shutil
+from rm.config import files
+from rm.train import checkpoint, sharding
+count, rank = [0], os.environ.get("RANK", "0")
+def kill(function):
+    def counted(*args, **kwargs):
+        count[0] += 1
+        if count[0] == {n} and rank == "{rank}":
+            os.kill(os.getpid(), 9)
+        return function(*args, **kwargs)
+    return counted
+save = checkpoint.Checkpoints.save
+def counting(self):
+    if self.state.step == {step}:  # from here on, every operation on files counts
+        for owner, name in [(checkpoint, "save_file"), (files, "fsync"), (files, "digest"), (sharding, "digest"),
+                            (shutil, "rmtree"), (os, "unlink"), (os, "fsync"), (pathlib.Path, "mkdir"),
+                            (pathlib.Path, "rename"), (pathlib.Path, "write_text")]:
+            setattr(owner, name, kill(getattr(owner, name)))
+    save(self)
+    with open("-".join(["saved", rank, str(self.state.step)]), "w") as file:
+        file.write(str(count[0]))
+checkpoint.Checkpoints.save = counting
+"""  # kill `rank` at operation `n` from the checkpoint of `step` on; saved-RANK-STEP has their number
 
 
 def merged(options: list[str]) -> list[str]:

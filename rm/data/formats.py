@@ -102,7 +102,7 @@ def has_field(row: Row, path: str) -> bool:
 
 
 def _unknown_layout(row: Row, given: dict[str, str]) -> str:
-    """What data of no known layout are; or their columns with types, and the options to map them."""
+    """Why the layout is unknown and how to fix it: the columns with their types, and options that map them."""
     if row.keys() & ONE_ANSWER and row.keys() & ONE_LABEL and not given:
         return "unpaired labels (KTO): each row has one answer; docs/data.md shows how to make pairs of them"
     talk = row.get("conversations") or row.get("messages")

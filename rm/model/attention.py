@@ -187,8 +187,8 @@ for name in BY_TREE:  # not compiled: the loop differs from batch to batch
 
 
 def use_tree_kernel(model: PreTrainedModel, chosen: str | None) -> None:
-    """Without an accelerator, replace `sdpa` by `sdpa_by_tree`, unless the user has `chosen` a kernel that is not of
-    `FLASH`. With CUDA, use `varlen_by_tree` if one of `FLASH` was chosen."""
+    """Use a kernel by tree. On a CPU: `sdpa_by_tree` in place of `sdpa`, if no kernel or one of `FLASH` was `chosen`.
+    On CUDA: `varlen_by_tree`, if one of `FLASH` was chosen."""
     if not torch.accelerator.is_available():
         if model.config._attn_implementation == "sdpa" and chosen in (None, *FLASH):
             model.set_attn_implementation(SDPA_BY_TREE)

@@ -105,8 +105,10 @@ def load_reward_model(tokenizer: Tokenizer, config: RewardConfig) -> RewardModel
 
 
 def _open(name: str, revision: str, config: RewardConfig, attention: str | None, quantization: Any, is_empty=False):
-    """(sequence classifier with `NUM_OUTPUTS` labels, names of its weights that are not in the checkpoint); `is_empty`:
-    with weights on the meta device."""
+    """(sequence classifier with `NUM_OUTPUTS` labels, names of its weights that the checkpoint lacks).
+
+    `is_empty`: the weights are on the meta device, and the checkpoint is not read.
+    """
     if attention == "flex_attention":
         raise InputError("attn_implementation=flex_attention is not supported; use sdpa, or none for the default")
     failed, auto = f"'{name}' could not be loaded as a reward model", AutoModelForSequenceClassification

@@ -56,7 +56,8 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
     rewards = evaluator.score(train_set, sample)  # collective
     scale = reward_scale(np.concatenate(rewards)) if rewards else None
     check = evaluator.export_check()  # collective
-    is_cast = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)  # autocast is off
+    # the rewards of the check were computed without autocast; these engines compute in half precision without it
+    is_cast = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     precision = accelerator.mixed_precision if is_cast else "no"
     check["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, config.dtype)
     spread = float(np.std([reward for reward in check["rewards"] if np.isfinite(reward)] or [0.0]))

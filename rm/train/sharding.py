@@ -78,8 +78,12 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str,
 
 @torch.no_grad()
 def full_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """All weights by name, whole; one part. FSDP2, DeepSpeed (in float32): parts of `PART_BYTES` on the CPU of the main
-    process, gathered by tensor; an adapter in one part without its frozen base. Collective."""
+    """All weights by name, whole, in parts. Each step of the iteration is collective.
+
+    Without shards there is one part, and no copies. Under FSDP2 and DeepSpeed (there in float32) the main process gets
+    one tensor after the other on its CPU, in parts of at most `PART_BYTES`; an adapter in one part, without its frozen
+    base.
+    """
     module, is_sharded = getattr(model, "module", model), isinstance(model, FSDPModule)
     tensors = {re.sub(WRAPPERS, "", name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     if not (is_sharded or hasattr(model, "zero_optimization_stage")):

@@ -6,7 +6,7 @@ import random
 import shutil
 
 import pytest
-from runs import SMALL, assert_same_bits, lines, record, weights
+from runs import KILL_AT, SMALL, assert_same_bits, lines, record, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -204,44 +204,18 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model(zygote, tmp_p
     assert run.stderr.strip().startswith(f"error: output_dir={folder} cannot be written: ")
 
 
-KILL_AT = """
-import os, pathlib, shutil
-from rm.config import files
-from rm.train import checkpoint
-count = [0]
-def kill(function):
-    def counted(*args, **kwargs):
-        count[0] += 1
-        if count[0] == {n}:
-            os.kill(os.getpid(), 9)
-        return function(*args, **kwargs)
-    return counted
-write = checkpoint.Checkpoints.save
-def save(self):
-    if self.state.step == 6:  # from here on, every operation on files counts
-        for owner, name in [(checkpoint, "save_file"), (files, "fsync"), (files, "digest"),
-                            (shutil, "rmtree"), (os, "unlink"), (os, "fsync"),
-                            (pathlib.Path, "rename"), (pathlib.Path, "write_text")]:
-            setattr(owner, name, kill(getattr(owner, name)))
-    write(self)
-    if self.state.step == 6:
-        open("saved", "w").write(str(count[0]))
-checkpoint.Checkpoints.save = save
-"""
-
-
 @pytest.mark.slow
 def test_killed_at_moments_of_writing_a_checkpoint_or_after(zygote, tmp_path):
     """Eight operations on files up to the end of the run, drawn from a printed seed; KILL_SEED=all tries every one."""
     options = [*RUN, "--save_total_limit=1", "--num_print_samples=0"]
-    zygote.run(1, [*options, "--output_dir=whole"], tmp_path, fault=KILL_AT.format(n=0))
-    operations = int((tmp_path / "saved").read_text())
+    zygote.run(1, [*options, "--output_dir=whole"], tmp_path, fault=KILL_AT.format(n=0, rank=0, step=6))
+    operations = int((tmp_path / "saved-0-6").read_text())
     assert operations > 10
     seed = os.environ.get("KILL_SEED", str(random.randrange(10**6)))
     print(f"KILL_SEED={seed}, {operations} operations")
     moments = range(1, 3 * operations)  # those of the next checkpoint and of the end
     for n in moments if seed == "all" else random.Random(int(seed)).sample(moments, 8):
-        run = zygote.start([*options, "--overwrite_output_dir"], tmp_path, fault=KILL_AT.format(n=n))
+        run = zygote.start([*options, "--overwrite_output_dir"], tmp_path, fault=KILL_AT.format(n=n, rank=0, step=6))
         assert run.wait() == -9
         zygote.run(1, [*options, LATEST], tmp_path)
         assert_same_bits(tmp_path / "out", tmp_path / "whole", also_kept=False)

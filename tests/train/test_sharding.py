@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, SMALL, assert_same_bits, assert_same_run, lines, weights
+from runs import KILL_AT, ROOT, SMALL, assert_same_bits, assert_same_run, lines, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -215,41 +215,16 @@ def test_a_disk_that_is_full_for_one_process(whole, fsdp_zygote, tmp_path):
     assert_same_bits(whole, tmp_path / "run")
 
 
-KILL_AT = """
-import os, pathlib
-from rm.config import files
-from rm.train import checkpoint, sharding
-count = [0]
-def kill(function):
-    def counted(*args, **kwargs):
-        count[0] += 1
-        if count[0] == {n} and os.environ["RANK"] == "{rank}":
-            os.kill(os.getpid(), 9)
-        return function(*args, **kwargs)
-    return counted
-save = checkpoint.Checkpoints.save
-def counting(self):
-    if self.state.step == 4:  # from here on, every operation on files counts
-        for owner, name in [(files, "fsync"), (files, "digest"), (sharding, "digest"), (os, "fsync"),
-                            (pathlib.Path, "rename"), (pathlib.Path, "write_text"), (pathlib.Path, "mkdir")]:
-            setattr(owner, name, kill(getattr(owner, name)))
-    save(self)
-    with open("saved-" + os.environ["RANK"], "w") as file:
-        file.write(str(count[0]))
-checkpoint.Checkpoints.save = counting
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_while_a_checkpoint_in_shards_is_written(whole, fsdp_zygote, tmp_path, rank):
     """Four operations on files of one process, drawn from a printed seed; KILL_SEED=all tries every one."""
-    fsdp_zygote.run(2, [*RUN, "--output_dir=run"], tmp_path, fault=KILL_AT.format(n=0, rank=rank))
-    moments = range(1, int((tmp_path / f"saved-{rank}").read_text()) + 1)
+    fsdp_zygote.run(2, [*RUN, "--output_dir=run"], tmp_path, fault=KILL_AT.format(n=0, rank=rank, step=4))
+    moments = range(1, max(int(path.read_text()) for path in tmp_path.glob(f"saved-{rank}-*")) + 1)
     seed = os.environ.get("KILL_SEED", str(random.randrange(10**6)))
     print(f"KILL_SEED={seed}, {len(moments)} operations")
     for n in moments if seed == "all" else random.Random(int(seed)).sample(moments, min(4, len(moments))):
-        fault = KILL_AT.format(n=n, rank=rank)
+        fault = KILL_AT.format(n=n, rank=rank, step=4)
         runs = fsdp_zygote.start_many(2, [*RUN, "--output_dir=run", "--overwrite_output_dir"], tmp_path, fault=fault)
         assert runs[rank].wait() == -9
         os.kill(runs[1 - rank].pid, 9)  # as torchrun does
