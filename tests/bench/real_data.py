@@ -6,8 +6,9 @@
 
 Settings: `pairs` (all weights, LoRA) on two files of pairs; `groups` on prompts with scored answers, of which a part is
 held out: all comparisons in one step, the same with the length penalty of tests/hacks/, and one random pair per prompt
-for as many tokens. Each setting evaluates before the first step too: an untrained head. Runs that exist are not
-repeated, so the command can be stopped and started again. `--max_steps` is for a test of the script.
+for as many tokens. The first setting of each data set also evaluates before the first step: an untrained head. Runs
+that exist are not repeated, so the command can be stopped and started again. With `--jobs 2` two runs share the cores,
+which is faster than one after the other on two cores. `--max_steps` is for a test of the script.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +28,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-from common import make_config, tokenize  # noqa: E402
+from common import make_config, pair_lengths, tokenize  # noqa: E402
 from groups import interval  # noqa: E402
 
+from rm.data.dataset import PreferenceData  # noqa: E402
 from rm.data.tokenizer import load_tokenizer  # noqa: E402
 from rm.evaluate.statistics import is_right  # noqa: E402
 
@@ -50,10 +53,12 @@ def split_groups(args: argparse.Namespace) -> dict[str, str]:
     """Files: training and held-out groups (other prompts), and one random pair with different scores per prompt."""
     rows, rng = read_rows(args.groups), random.Random(0)
     rng.shuffle(rows)
-    num_test = len(rows) // 5
+    for row in rows if args.answers else ():
+        row.update({key: row[key][: args.answers] for key in ("responses", "scores")})
+    rows = [row for row in rows if len(set(row["scores"])) > 1]
+    num_test = args.test_prompts or len(rows) // 5
     test, train, pairs = rows[:num_test], rows[num_test:], []
-    if args.prompts:
-        train, test = train[: args.prompts], test[: max(4, args.prompts // 4)]
+    train = train[: args.prompts] if args.prompts else train
     for row in train:
         a, b = rng.sample(range(len(row["responses"])), 2)
         if row["scores"][a] != row["scores"][b]:
@@ -64,20 +69,32 @@ def split_groups(args: argparse.Namespace) -> dict[str, str]:
     return {name: write_rows(Path(args.work, f"{name}.jsonl"), found) for name, found in named.items()}
 
 
-def num_tokens(path: str, args: argparse.Namespace) -> int:
-    """Tokens of one epoch in trees."""
+def tokenized(path: str, args: argparse.Namespace) -> PreferenceData:
     config = make_config(argparse.Namespace(model=args.model, data=path, max_length=args.max_length))
-    data = tokenize(path, load_tokenizer(config), config)
+    return tokenize(path, load_tokenizer(config), config)
+
+
+def num_tokens(data: PreferenceData) -> int:
+    """Tokens of one epoch in trees."""
     return sum(len(tree.prefix) + sum(map(len, tree.answers)) for tree in data.trees(range(len(data))))
 
 
-def edited_copy(patch: str, folder: Path) -> Path:
-    """The program with one of the patches in tests/hacks/."""
+def length_coefficient(data: PreferenceData) -> float:
+    """The b with which σ(b · length difference) predicts the labels best (maximum likelihood, equal prompts)."""
+    longer, share = np.subtract(*pair_lengths(data)), data.comparisons["share"].to_numpy()
+    found = np.linspace(-0.05, 0.05, 1001)
+    return round(float(min(found, key=lambda b: (share * np.logaddexp(0, -b * longer)).sum())), 4)
+
+
+def edited_copy(coefficient: float, folder: Path) -> Path:
+    """The program with the length penalty of tests/hacks/, and this coefficient in place of that of the toy data."""
     if not folder.exists():
         folder.mkdir(parents=True)
         shutil.copytree(ROOT / "rm", folder / "rm")
         shutil.copy(ROOT / "train_rm.py", folder)
-        subprocess.run(["git", "apply", ROOT / "tests" / "hacks" / patch], cwd=folder, check=True)
+        patch = (ROOT / "tests" / "hacks" / "length_penalty.diff").read_text().replace("0.02", str(coefficient))
+        env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # git skips files of a repository around it
+        subprocess.run(["git", "apply", "-"], cwd=folder, input=patch, text=True, check=True, env=env)
     return folder
 
 
@@ -86,16 +103,15 @@ def train(name: str, options: dict, args: argparse.Namespace, root: Path = ROOT)
     if (folder / "finished.json").exists():
         return
     given = dict(model_name_or_path=args.model, max_length=args.max_length, overlength="truncate_left")
-    given |= dict(
-        eval_on_start=True, warmup_ratio=0.1, micro_batch_tokens=2048, mixed_precision="bf16", eval_steps=0.25
-    )
-    given |= {"output_dir": folder, "resume_from_checkpoint": "latest", "save_steps": 0.25, "save_total_limit": 1}
+    given |= dict(warmup_ratio=0.1, micro_batch_tokens=2048, mixed_precision="bf16", num_normalization_samples=0)
+    given |= {"output_dir": folder, "resume_from_checkpoint": "latest", "save_steps": 0.5, "save_total_limit": 1}
     given |= {"max_steps": args.max_steps} if args.max_steps else {}
     command = [sys.executable, root / "train_rm.py", *(f"{key}={value}" for key, value in (given | options).items())]
     print(f"{name}: {' '.join(map(str, command[1:]))}", flush=True)
     with open(f"{folder}.log", "a") as log:
-        env = os.environ | {"PYTHONPATH": str(root)}
+        env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
         subprocess.run(command, cwd=root, env=env, stdout=log, stderr=log, check=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # three times the size of the model
 
 
 def read(folder: Path) -> dict[str, float]:
@@ -105,7 +121,8 @@ def read(folder: Path) -> dict[str, float]:
     found = {name: float(summary[f"eval/{name}"]) for name in SHOWN}
     found |= {"interval": results["intervals"]["eval/accuracy"], "steps": summary["train/steps"]}
     start = json.loads(lines[0])
-    found |= {f"untrained_{name}": float(start[f"eval/{name}"]) for name in ("accuracy", "loss")}
+    if start["step"] == 0:
+        found |= {f"untrained_{name}": float(start[f"eval/{name}"]) for name in ("accuracy", "loss")}
     table = pd.read_parquet(folder / "eval" / f"step-{summary['train/steps']}.parquet")
     right = pd.Series(is_right((table["reward_chosen"] - table["reward_rejected"]).to_numpy()))
     longer = np.sign(table["length_chosen"] - table["length_rejected"])
@@ -126,7 +143,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--max_steps", type=int)
-    parser.add_argument("--prompts", type=int, help="use the first prompts only")
+    parser.add_argument("--num_pairs", type=int, help="train on the first pairs only")
+    parser.add_argument("--prompts", type=int, help="train on as many prompts with scored answers")
+    parser.add_argument("--test_prompts", type=int, help="hold out as many of them; none: a fifth")
+    parser.add_argument("--answers", type=int, help="use the first answers of a prompt only")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, which share the cores")
     parser.add_argument("--only_read", action="store_true")
     args = parser.parse_args()
     args.work = str(Path(args.work).resolve())
@@ -135,26 +156,37 @@ def main() -> None:
     settings: dict[str, tuple[dict, Path]] = {}
     if args.pairs:
         data = {"dataset_name": Path(args.pairs).resolve(), "eval_dataset_name": Path(args.eval_pairs).resolve()}
-        data |= {"train_batch_size": 16}
-        data |= {"max_train_samples": args.prompts, "max_eval_samples": args.prompts} if args.prompts else {}
-        settings |= {"pairs, all weights": (data | ALL, ROOT), "pairs, LoRA": (data | LORA, ROOT)}
+        data |= {"train_batch_size": 16} | ({"max_train_samples": args.num_pairs} if args.num_pairs else {})
+        settings["pairs, all weights"] = (data | ALL | {"eval_on_start": True}, ROOT)
+        settings["pairs, LoRA"] = (data | LORA, ROOT)
     if args.groups:
         files = split_groups(args)
-        ratio = num_tokens(files["groups-train"], args) / num_tokens(files["one-pair"], args)
+        groups, one_pair = (tokenized(files[name], args) for name in ("groups-train", "one-pair"))
+        ratio = num_tokens(groups) / num_tokens(one_pair)
         data = {"dataset_name": files["groups-train"], "eval_dataset_name": files["groups-test"], "train_batch_size": 8}
-        penalty = edited_copy("length_penalty.diff", Path(args.work, "length-penalty"))
-        settings |= {"groups, all weights": (data | ALL, ROOT), "groups, LoRA": (data | LORA, ROOT)}
+        print(f"length penalty: {(coefficient := length_coefficient(groups))} per token; one pair: {ratio:.2f} epochs")
+        penalty = edited_copy(coefficient, Path(args.work, "length-penalty"))
+        settings["groups, all weights"] = (data | ALL | {"eval_on_start": True}, ROOT)
         settings["groups, length penalty"] = (data | ALL, penalty)
         pair = data | ALL | {"dataset_name": files["one-pair"], "num_train_epochs": round(ratio, 3)}
         settings["one pair per prompt, equal tokens"] = (pair, ROOT)
+        settings["groups, LoRA"] = (data | LORA, ROOT)
+    folders = {
+        (name, seed): f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+        for seed in range(args.seeds)
+        for name in settings
+    }
+
+    def run(key: tuple[str, int]) -> None:
+        options, root = settings[key[0]]
+        train(folders[key], options | {"seed": key[1]}, args, root)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(run, () if args.only_read else folders))
     found: dict[str, list[dict]] = {}
-    for seed in range(args.seeds):
-        for name, (options, root) in settings.items():
-            folder = f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-            if not args.only_read:
-                train(folder, options | {"seed": seed}, args, root)
-            if Path(args.work, folder, "finished.json").exists():
-                found.setdefault(name, []).append(read(Path(args.work, folder)))
+    for (name, _), folder in folders.items():
+        if Path(args.work, folder, "finished.json").exists():
+            found.setdefault(name, []).append(read(Path(args.work, folder)))
     if args.output:
         record = {"arguments": vars(args) | {"model": Path(args.model).name, "work": None}, "runs": found}
         Path(args.output).write_text(json.dumps(record, indent=1, default=str) + "\n")
