@@ -7,8 +7,6 @@ python train_rm.py --help                                           # every opti
 Shape suffixes: C comparisons.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import math

@@ -3,8 +3,6 @@
 Shape suffixes: N answers, C comparisons, K outputs of the head, R rows, L tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Shape suffixes: C comparisons, N answers (of all prompts), P prompts.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

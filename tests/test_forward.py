@@ -18,7 +18,7 @@ from rm.forward import choose_layout, concatenated_forward, forward_batch, layou
 from rm.loss import pairwise_loss
 from rm.model.attention import SDPA_BY_TREE, VARLEN, attention_inputs, sees
 from rm.model.reward_model import RewardModel, unwrapped
-from rm.score.rewards import TreeList, score_prompts
+from rm.score.scorer import TreeList, score_prompts
 
 CPU = torch.device("cpu")
 PACKED, BY_TREE = Layout("shared_prefix", PAD), Layout("shared_prefix", PAD, by_tree=True)

@@ -1,4 +1,7 @@
-"""The tokenized rows of a data set, cached by the content of the data and the options that decide the tokens."""
+"""The tokenized rows of a data set, cached by the content of the data and the options that decide the tokens.
+
+With `group_by_prompt` rows that share a prompt are merged; with `max_answers` prompts with more answers are split.
+"""
 
 import dataclasses
 import gc
@@ -8,12 +11,14 @@ import json
 import logging
 import shutil
 import signal
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import transformers
 import xxhash
@@ -27,13 +32,14 @@ from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
 from rm.data.dataset import DataSet, PreferenceData, arrays_of, flat, prompt_hash, ragged
 from rm.data.example import SIDES, Encoding, RowError
 from rm.data.formats import OTHERS, detect_format, read_row
-from rm.data.groups import merge_rows, same_prompt, split_row
 from rm.data.layouts import DataLayout
 from rm.data.load import Source, check_late_rows
 from rm.data.prompt import example_of
-from rm.data.tokenize import Tree, encode_examples, usable_part
+from rm.data.tokenize import Tree, encode_examples, make_tree, usable_part
 
 logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]  # of the cached table
 
 
 def tokenize_source(
@@ -155,7 +161,7 @@ def _cache_key(source: Source, tokenizer: Any, encoding: Encoding) -> str:
         content = [type(tokenizer).__name__, tokenizer.get_vocab()]
     special = [tokenizer.special_tokens_map, tokenizer.chat_template, transformers.__version__]
     registry = {name: dataclasses.asdict(c) for name, c in (COMPARISON_COLUMNS | ANSWER_COLUMNS).items()}
-    functions = (read_row, Encoding, DataLayout, example_of, usable_part, merge_rows, _features)
+    functions = (read_row, Encoding, DataLayout, example_of, usable_part, _features)
     code = [inspect.getsource(inspect.getmodule(f)) for f in functions]
     rows = None if source.rows is None else xxhash.xxh3_128_hexdigest(source.rows.tobytes())
     parts = [code, source.content, rows, content, special, dataclasses.asdict(encoding), registry]
@@ -205,3 +211,85 @@ def encode_batch(batch, indices, *, source: Source, tokenizer: Any, encoding: En
 def _hash(ids: np.ndarray) -> int:
     """A signed 64-bit hash of int32 token ids, the same on every machine."""
     return xxhash.xxh64_intdigest(ids.astype("<i4", copy=False).tobytes()) - (1 << 63)
+
+
+# ---------------------------------------------------------------- groups
+
+
+def same_prompt(prompts: Sequence[int]) -> list[list[int]]:
+    """The rows of each prompt, in order of first appearance. `prompts`: the hash of the prompt of each row."""
+    return pd.Series(range(len(prompts))).groupby(np.asarray(prompts), sort=False).agg(list).tolist()
+
+
+def merge_rows(rows: Sequence[Row]) -> Row:
+    """One prompt with all answers and comparisons of `rows`, whose prompts are equal.
+
+    Answers with equal tokens become one answer, with the columns of the first one. All comparisons are kept, including
+    duplicate and contradictory ones. `id` and `subset` are those of the first row.
+    """
+    sequences: dict[int, np.ndarray] = {}  # by hash, in the order of the answers
+    place_of: dict[int, int] = {}
+    merged: Row = {name: [] for name in ("chosen", "rejected", "row", "answer", "answer_row", *COMPARISON_COLUMNS)}
+    merged |= {name: [] for name in ANSWER_COLUMNS}
+    for row in rows:
+        for n, (content, tokens) in enumerate(zip(row["answer_hash"], row["answer_ids"], strict=True)):
+            if content not in sequences:
+                place_of[content] = len(sequences)
+                sequences[content] = np.array([*row["prefix_ids"], *tokens], np.int32)
+                for name in ("answer", "answer_row", *ANSWER_COLUMNS):
+                    merged[name].append(row[name][n])
+        for side in ("chosen", "rejected"):
+            merged[side] += [place_of[row["answer_hash"][n]] for n in row[side]]
+        for name in ("row", *COMPARISON_COLUMNS):
+            merged[name] += row[name]
+    merged |= {name: rows[0][name] for name in ("id", "subset", "prompt")}
+    merged |= {count: sum(row[count] for row in rows) for count in (*NOTED, *DROPPED)}
+    return merged | with_tree(sequences)
+
+
+def with_tree(sequences: dict[int, np.ndarray]) -> Row:
+    """The token columns of a prompt. `sequences`: {hash: tokens of prompt and answer}."""
+    tree = make_tree(list(sequences.values())) if sequences else None
+    prefix, answers = (tree.prefix, tree.answers) if tree else (np.zeros(0, np.int32), [])
+    lengths = {"prefix_length": len(prefix), "answer_lengths": [len(answer) for answer in answers]}
+    return {"prefix_ids": prefix, "answer_ids": answers, "answer_hash": list(sequences)} | lengths
+
+
+def split_row(row: Row, max_answers: int) -> Iterator[Row]:
+    """Split a prompt into parts with at most `max_answers` answers each. The first part gets all audit counts.
+
+    Comparisons between answers of different parts are dropped and counted as "split".
+    """
+    pairs = list(zip(row["chosen"], row["rejected"], strict=True))
+    parts = partition(len(row["answer_ids"]), pairs, max_answers)
+    part_of = {n: p for p, part in enumerate(parts) for n in part}
+    for p, part in enumerate(parts):
+        kept = [c for c, (chosen, rejected) in enumerate(pairs) if part_of[chosen] == part_of[rejected] == p]
+        piece = {name: [row[name][n] for n in part] for name in ("answer", "answer_row", *ANSWER_COLUMNS)}
+        piece |= {name: [row[name][c] for c in kept] for name in ("row", *COMPARISON_COLUMNS)}
+        piece |= {side: [part.index(row[side][c]) for c in kept] for side in ("chosen", "rejected")}
+        piece |= {name: row[name] for name in ("subset", "prompt")}
+        piece |= {"id": row["id"] if len(parts) == 1 else f"{row['id']}.{p + 1}"}
+        piece |= {count: row[count] if p == 0 else 0 for count in (*NOTED, *DROPPED)}
+        if p == 0:
+            piece["split"] += sum(part_of[chosen] != part_of[rejected] for chosen, rejected in pairs)
+        sequences = {row["answer_hash"][n]: np.array([*row["prefix_ids"], *row["answer_ids"][n]]) for n in part}
+        yield piece | with_tree(sequences)
+
+
+def partition(num_answers: int, pairs: Sequence[tuple[int, int]], max_answers: int) -> list[list[int]]:
+    """Split the answers into sorted parts of at most `max_answers`. A greedy search keeps compared `pairs` together.
+
+    Each comparison, the most frequent first, unites the sets of its answers if they fit into a part; sets share parts.
+    """
+    set_of = [[n] for n in range(num_answers)]
+    for (one, other), _ in Counter(tuple(sorted(pair)) for pair in pairs).most_common():
+        if set_of[one] is not set_of[other] and len(set_of[one]) + len(set_of[other]) <= max_answers:
+            united = set_of[one] + set_of[other]
+            for n in united:
+                set_of[n] = united
+    parts: list[list[int]] = []
+    for members in sorted({id(s): s for s in set_of}.values(), key=len, reverse=True):  # first-fit decreasing
+        home = next((part for part in parts if len(part) + len(members) <= max_answers), None)
+        home.extend(members) if home is not None else parts.append(list(members))
+    return sorted(sorted(part) for part in parts)

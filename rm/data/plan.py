@@ -69,30 +69,18 @@ def balance(costs: Sequence[int], num_bins: int) -> list[list[int]]:
     return bins
 
 
-def pack_rows(costs: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Pack positions of `costs` into as few rows of nearly equal length as fit `row_tokens` (or the largest cost)."""
-    if len(costs) == 0:
-        return []
-    capacity = max(row_tokens, int(np.max(costs)))
-    num_rows = math.ceil(int(np.sum(costs)) / capacity)
-    while True:
-        rows = balance(costs, num_rows)
-        if max(sum(int(costs[i]) for i in row) for row in rows) <= capacity:
-            return rows
-        num_rows += 1 + num_rows // 50
-
-
 def group_rows(costs: Sequence[int], row_tokens: int, micro_batch_tokens: int) -> list[list[list[int]]]:
     """Groups of rows of positions of `costs`: (rows in the group) x (their length) <= `micro_batch_tokens`, or one row.
 
-    The length is that of the longest prompt that is left. With `row_tokens` > 0 it is at least that, rounded up, and
-    each row is filled with the largest prompts that still fit (first-fit decreasing, Johnson 1973). 0: one in each row.
+    The length is that of the longest prompt that is left. With `row_tokens` > 0 it is at least that, and each row is
+    filled with the largest prompts that still fit (first-fit decreasing, Johnson 1973). 0: one in each row. Rows that
+    share a group are padded: their length is rounded up.
     """
     order, groups = np.argsort(-np.asarray(costs), kind="stable")[::-1].tolist(), []
     ascending = [int(costs[i]) for i in order]
     while order:
         length, group = max(ascending[-1], row_tokens), []
-        length += -length % ROW_MULTIPLE if row_tokens else 0
+        length += -length % ROW_MULTIPLE if 0 < row_tokens < micro_batch_tokens else 0
         while order and (not group or (len(group) + 1) * length <= micro_batch_tokens):
             row, room = [order.pop()], length - ascending.pop()
             while row_tokens and (n := bisect.bisect(ascending, room)):
@@ -118,13 +106,9 @@ def plan_micro_batches(
     """
     plans: list[list[MicroBatch]] = []
     for share in balance(costs, num_processes):
-        share_costs = costs[share]
-        if layout.by_tree:
-            rows = pack_rows(share_costs, micro_batch_tokens)
-            groups = [[rows[r]] for r in np.argsort([-share_costs[row].sum() for row in rows], kind="stable")]
-        else:
-            row_tokens = min(ROW_TOKENS, micro_batch_tokens) if layout.name == "shared_prefix" else 0
-            groups = group_rows(share_costs, row_tokens, micro_batch_tokens)
+        row_tokens = min(ROW_TOKENS, micro_batch_tokens) if layout.name == "shared_prefix" else 0
+        row_tokens = micro_batch_tokens if layout.by_tree else row_tokens
+        groups = group_rows(costs[share], row_tokens, micro_batch_tokens)
         plans.append([MicroBatch([[int(indices[share[i]]) for i in row] for row in group]) for group in groups])
     dummy = MicroBatch([[int(indices[int(np.argmin(costs))])]], is_dummy=True)
     longest = max(map(len, plans))

@@ -25,9 +25,8 @@ from rm.evaluate.evaluator import NUM_MISTAKES, Evaluator, metrics_table
 from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
 from rm.evaluate.table import compare_tables, has_several, slices, worst
 from rm.forward import choose_layout
-from rm.model.load import check_positions, load_saved_model
+from rm.model.load import check_positions, conversations_from_text, load_saved_model, recorded_config
 from rm.model.reward_model import set_tf32
-from rm.model.saved import conversations_from_text, recorded_config
 from rm.visualize_samples import reward_table, write_records
 
 logger = logging.getLogger(__name__)

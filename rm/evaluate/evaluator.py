@@ -1,7 +1,5 @@
 """The evaluations of a training run: score the held-out prompts, log the metrics, show samples and results."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re
@@ -27,7 +25,7 @@ from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics, find_m
 from rm.evaluate.table import evaluation_table, has_several, slices, worst
 from rm.forward import without_autocast
 from rm.model.reward_model import cast_weights, unwrapped
-from rm.score.rewards import TreeList, score_prompts
+from rm.score.scorer import TreeList, score_prompts
 from rm.visualize_samples import sample_records, visualize_samples, write_records
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,5 @@
 """What metrics read: the columns of an evaluation table, its answers, its losses. C comparisons, N answers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -3,8 +3,6 @@
 A slice has `bin` (its name), `low` and `high` (the ends of its range, or None) and the numbers of `accuracy_of`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

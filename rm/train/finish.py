@@ -31,10 +31,9 @@ from rm.config.redact import redact
 from rm.data.dataset import PreferenceData
 from rm.evaluate.evaluator import Evaluator, final_table
 from rm.log.trackers import print_safely
-from rm.model.load import load_saved_classifier, merge_saved_adapter
+from rm.model.load import load_saved_classifier, merge_saved_adapter, reward_scale, sample_of, set_scale
 from rm.model.reward_model import RewardModel, is_half_precision, unwrapped
-from rm.model.saved import reward_scale, sample_of, set_scale
-from rm.report.card import model_card
+from rm.report.hub import model_card
 from rm.train.processes import on_main_process
 from rm.train.run_dir import Run
 from rm.train.sharding import full_weights

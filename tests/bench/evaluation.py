@@ -62,7 +62,7 @@ def run_ours(turn: Turn, args: argparse.Namespace, chunks: dict) -> None:
 
     from rm.data.tokenize import make_tree
     from rm.evaluate.statistics import accuracy
-    from rm.score.rewards import TreeList, score_prompts
+    from rm.score.scorer import TreeList, score_prompts
 
     model, layout = load_ours(args)
     accelerator = Accelerator(cpu=True, mixed_precision="no" if args.float32 else "bf16")
@@ -105,7 +105,7 @@ def run_ours_candidates(turn: Turn, args: argparse.Namespace, chunks: dict) -> N
     import numpy as np
 
     from rm.data.tokenize import Tree
-    from rm.score.rewards import TreeList, score_prompts
+    from rm.score.scorer import TreeList, score_prompts
 
     model, layout = load_ours(args)
     for chunk in chunks["trees"]:

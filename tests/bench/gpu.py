@@ -31,7 +31,7 @@ from rm.forward import choose_layout, score_batch
 from rm.loss import pairwise_loss
 from rm.model.attention import VARLEN
 from rm.model.reward_model import RewardModel
-from rm.score.rewards import TreeList
+from rm.score.scorer import TreeList
 
 CONTENDERS = {  # layout, kernel
     "trees, varlen": ("shared_prefix", VARLEN),

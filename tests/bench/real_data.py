@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--only_read", action="store_true")
     args = parser.parse_args()
     args.work = str(Path(args.work).resolve())
+    args.model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model  # runs have other folders
     Path(args.work).mkdir(parents=True, exist_ok=True)
 
     settings: dict[str, tuple[dict, Path]] = {}

@@ -3,8 +3,8 @@
 import pytest
 
 from rm.data.audit import DROPPED, NOTED
+from rm.data.cache import merge_rows, partition, same_prompt, split_row
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
-from rm.data.groups import merge_rows, partition, same_prompt, split_row
 
 
 def row(number: int, prefix: list[int], answers: list[list[int]], pairs: list[tuple[int, int]], **columns) -> dict:

@@ -19,7 +19,7 @@ from rm.config.options import LossOptions
 from rm.evaluate import __main__ as program
 from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
 from rm.evaluate.rewardbench import PUBLISHED_PAIRS
-from rm.model.saved import recorded_config
+from rm.model.load import recorded_config
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,8 @@ from rm.evaluate import __main__ as evaluate
 from rm.forward import choose_layout, score_batch
 from rm.model import attention
 from rm.model.attention import SDPA_BY_TREE, VARLEN, attend_by_tree, attention_pieces, dense_mask, varlen_arguments
-from rm.model.load import load_saved_model
+from rm.model.load import load_saved_model, recorded_config
 from rm.model.reward_model import RewardModel
-from rm.model.saved import recorded_config
 from rm.score import scorer
 
 CPU, NO_MASK = torch.device("cpu"), torch.empty(1, 1, 1, 0)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm.data.audit import MEANING
-from rm.report.card import hub_name, model_card
+from rm.report.hub import hub_name, model_card
 
 
 def block(card: str) -> str:

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 import train_rm
 from rm.config.errors import InputError
 from rm.evaluate import __main__ as evaluate
-from rm.model.saved import reward_scale, sample_of
+from rm.model.load import reward_scale, sample_of
 from rm.score import __main__ as score
 from rm.score import load_scorer
 from rm.score.__main__ import is_same, open_output
