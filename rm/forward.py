@@ -64,8 +64,6 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- which layout
-
-
 @torch.compiler.set_stance("force_eager")  # a result for the layers is valid for compiled layers too
 def choose_layout(name: str, model: nn.Module, data: Any, pad_token_id: int) -> Layout:
     """The layout for `model`: "auto" is `shared_prefix` where a model supports it. Collective.

@@ -214,8 +214,6 @@ def _hash(ids: np.ndarray) -> int:
 
 
 # ---------------------------------------------------------------- groups
-
-
 def same_prompt(prompts: Sequence[int]) -> list[list[int]]:
     """The rows of each prompt, in order of first appearance. `prompts`: the hash of the prompt of each row."""
     return pd.Series(range(len(prompts))).groupby(np.asarray(prompts), sort=False).agg(list).tolist()

@@ -187,8 +187,6 @@ def concatenate(parts: dict[str, PreferenceData]) -> PreferenceData:
 
 
 # ---------------------------------------------------------------- where the prompt ends
-
-
 def prompt_hash(example: Example, tree: Tree) -> int:
     """A signed 64-bit hash, equal for equal rendered prompts, the same on every machine.
 
@@ -246,8 +244,6 @@ def _transcript(messages: list[dict]) -> str:
 
 
 # ---------------------------------------------------------------- columns as arrays
-
-
 def flat(dataset: Dataset, name: str) -> np.ndarray:
     """A whole column of numbers, [n]."""
     column = dataset.data.column(name)

@@ -46,8 +46,6 @@ WORDS = {  # in names of columns
 
 
 # ---------------------------------------------------------------- layout
-
-
 def find_layout(source: str, row: Row, config: Any) -> tuple[str, dict[str, str]]:
     """(layout, {role: data column}) of the data set `source`, by its first row and the mapping options.
 
@@ -231,8 +229,6 @@ def _log_columns(name: str, row: Row, encoding: Encoding) -> None:
 
 
 # ---------------------------------------------------------------- one row
-
-
 def read_row(row: dict[str, Any], encoding: Encoding) -> Example:
     """The example in a raw row. Raises `RowError`."""
     example = DATA_LAYOUTS[encoding.data_layout].read(row, encoding)

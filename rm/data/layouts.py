@@ -39,8 +39,6 @@ class DataLayout:
 
 
 # ---------------------------------------------------------------- pairs and groups
-
-
 def prefer(example: Example, better: int | None, encoding: Encoding) -> Example:
     """The example of two answers of which number `better` is better; None: a tie."""
     example.comparisons = [(1, 0) if better == 1 else (0, 1)]
@@ -144,8 +142,6 @@ def _read_comparisons(comparisons: Any, example: Example) -> Example:
 
 
 # ---------------------------------------------------------------- layouts of public data sets
-
-
 def read_two(row: Row, encoding: Encoding, better: Mapping[Any, int | None] | None) -> Example:
     """Two answers; `better` says for a value of the preference which one is better, None: a tie.
 

@@ -151,8 +151,6 @@ def _count_in_train(train: PreferenceData, test: PreferenceData) -> None:
 
 
 # ---------------------------------------------------------------- names
-
-
 def name_sets(
     option: str, given: str | list[str] | dict[str, str], configs: str | list[str | None] | None = None
 ) -> dict[str, tuple[str, str | None]]:

@@ -15,8 +15,6 @@ INSTRUCTION = ("input", "history")  # columns beside an instruction
 
 
 # ---------------------------------------------------------------- one row
-
-
 def field_of(value: Any, path: str) -> Any:
     """The value of a column, or of a field in it ("info.post"; "answers.text": of each entry). Raises `RowError`."""
     if type(value) is list:
@@ -90,8 +88,6 @@ def add_system(example: Example, system: str) -> None:
 
 
 # ---------------------------------------------------------------- columns of a data set
-
-
 def is_text(value: Any) -> bool:
     """Whether a value is text, a message, or messages."""
     message = value[0] if type(value) is list and value else value

@@ -167,8 +167,6 @@ def token_rewards(tokenizer: Any, tree: Tree, values: np.ndarray) -> list[list[l
 
 
 # ---------------------------------------------------------------- on the terminal
-
-
 def evaluation_line(step: int, metrics: Mapping[str, float], best: Sequence[Any] | None = None) -> str:
     """Accuracies and loss after an evaluation; `best`: name, value and step of the best evaluation so far."""
     accuracy, low, high = (metrics[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))

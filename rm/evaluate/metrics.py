@@ -33,8 +33,6 @@ def both(w: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- definitions
-
-
 @dataclass
 class Metric:
     """What a logged number is. As a decorator it adds to `METRICS` how to compute it from (rows, weights).
@@ -230,8 +228,6 @@ def find_metric(name: str) -> Metric:
 
 
 # ---------------------------------------------------------------- values and intervals
-
-
 def measures(
     table: pd.DataFrame, counts: np.ndarray, names: Iterable[str], options: LossOptions = PLAIN_LOSS
 ) -> dict[str, Any]:

@@ -61,8 +61,6 @@ def worst(table: pd.DataFrame, count: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- slices
-
-
 def by_set(table: pd.DataFrame) -> pd.DataFrame:
     """One slice per evaluation set."""
     return _slices((name, None, None, part) for name, part in table.groupby("set", sort=False))
@@ -123,8 +121,6 @@ def _slices(parts: Iterable[tuple[str, float | None, float | None, pd.DataFrame]
 
 
 # ---------------------------------------------------------------- two models
-
-
 def compare_tables(
     table: pd.DataFrame, other: pd.DataFrame, options: LossOptions = PLAIN_LOSS
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:

@@ -129,8 +129,6 @@ def packing_problem(model: nn.Module) -> str:
 
 
 # ---------------------------------------------------------------- the kernels
-
-
 def attend_by_tree(module, query, key, value, attention_mask, pieces=None, varlen=None, **options):
     """Attention of the only row piece by piece; without `pieces` transformers' `sdpa`. Accepts any mix of dtypes.
 

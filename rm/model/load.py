@@ -211,8 +211,6 @@ def merge_saved_adapter(name: str, tokenizer: Tokenizer, config: RewardConfig) -
 
 
 # ---------------------------------------------------------------- what a run recorded beside its model
-
-
 def recorded_config(name: str, given: Mapping[str, Any]) -> RewardConfig:
     """The options of the run in the folder `name` (without one: defaults), overridden by the options `given`."""
     check_folder(name)

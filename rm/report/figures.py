@@ -66,8 +66,6 @@ def _draw(key: str, title: str, make: Callable[..., Made], *arguments: Any) -> d
 
 
 # ---------------------------------------------------------------- curves over optimizer steps
-
-
 def training(run: Run) -> list[tuple]:
     """Curves of one run, with those of its evaluations."""
     splits, names = {"training": "train", "held out": "eval"}.items(), ("loss", "accuracy", "margin")
@@ -146,8 +144,6 @@ def curves(
 
 
 # ---------------------------------------------------------------- one evaluation
-
-
 def evaluation(run: Run, table: pd.DataFrame) -> list[tuple]:
     """Figures of an evaluation table, or of its part for one set."""
     rewards = {side: table[f"reward_{side}"] for side in SIDES}
@@ -250,8 +246,6 @@ def scatter(groups: dict[str, tuple[pd.Series, pd.Series]], xlabel: str, ylabel:
 
 
 # ---------------------------------------------------------------- helpers
-
-
 def bars(bins: pd.DataFrame, name: str) -> np.ndarray:
     """The lengths of the bars below and above the values of a column, from the ends of their intervals."""
     return np.stack([bins[name] - bins[f"{name}_low"], bins[f"{name}_high"] - bins[name]]).clip(0)

@@ -121,8 +121,6 @@ def _client():
 
 
 # ---------------------------------------------------------------- the model card
-
-
 def hub_name(name: str | None) -> str | None:
     """`name` if it is one of a model or data set on the hub; None for local files and directories, and for "toy"."""
     is_file = re.search(r"\.(jsonl?|csv|parquet)(\.\w+)?$", name or "")

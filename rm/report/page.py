@@ -62,8 +62,6 @@ def spelled(value: float) -> str:
 
 
 # ---------------------------------------------------------------- one run
-
-
 def run_page(run: Run) -> dict[str, Any]:
     """The variables of the template for one run."""
     notes, evaluation, sets = run.notes, [], {}
@@ -121,8 +119,6 @@ def record_view(record: Pair | Group) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- several runs
-
-
 def leaderboard_page(runs: Sequence[Run], by: str) -> dict[str, Any]:
     """The variables of the template for several runs: one row per run, sorted by the metric `by`, the best first."""
     known = list(dict.fromkeys(name for run in runs for name in run.final))

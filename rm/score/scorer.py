@@ -115,8 +115,6 @@ def _at_every_token(batch: Batch) -> Batch:
 
 
 # ---------------------------------------------------------------- a saved model
-
-
 class Scorer:
     """A saved reward model: `load_scorer("runs/my_run").rewards([{"prompt": …, "responses": […]}])`.
 
@@ -207,8 +205,6 @@ class Scorer:
 
 
 # ---------------------------------------------------------------- inputs to trees
-
-
 def form_of(record: Any) -> tuple[tuple[str, ...], str]:
     """Which of `FORMS` an input is, and the key of its N answers if it is a group (otherwise ""). Raises `RowError`."""
     if type(record) is not dict:

@@ -11,10 +11,12 @@ import pytest
 from runs import ROOT, lines, wait_until
 
 pytestmark = pytest.mark.slow
+TORCHRUN = "torchrun --standalone --nproc_per_node=2"
 
 
-def test_a_slurm_task_that_reaches_its_limit_is_queued_again(tmp_path):
-    """With plain processes, and a stand-in for scontrol that writes down its arguments."""
+@pytest.mark.parametrize("launcher, stopped", [("python", 128 + signal.SIGTERM), (TORCHRUN, 1)], ids=["1", "2"])
+def test_a_slurm_task_that_reaches_its_limit_is_queued_again(tmp_path, launcher, stopped):
+    """With one or two plain processes, and a stand-in for scontrol that writes down its arguments."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "scontrol").write_text('#!/bin/bash\necho "$@" >> scontrol.log\n')
     (tmp_path / "bin" / "scontrol").chmod(0o755)
@@ -23,20 +25,23 @@ def test_a_slurm_task_that_reaches_its_limit_is_queued_again(tmp_path):
     small = (ROOT / "tests" / "small.yaml").read_text().replace("max_steps: 4", "max_steps: 300")
     (tmp_path / "small.yaml").write_text(small)
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = (ROOT / "configs" / "sweep_slurm.sh").read_text()
+    assert script.count("\npython train_rm.py") == 1
+    (tmp_path / "sweep.sh").write_text(script.replace("\npython train_rm.py", f"\n{launcher} train_rm.py"))
     env = os.environ | {"PATH": path, "CONFIG": "small.yaml", "OMP_NUM_THREADS": "1"}
     env |= {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_JOB_ID": "77"}
     folder = tmp_path / "runs" / "sweep" / "5"
     metrics, log = folder / "metrics.jsonl", tmp_path / "scontrol.log"
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen(["bash", ROOT / "configs" / "sweep_slurm.sh"], cwd=tmp_path, env=env)
+        return subprocess.Popen(["bash", "sweep.sh"], cwd=tmp_path, env=env)
 
     for name, queued in (("SIGTERM", 0), ("SIGUSR1", 1)):
         task = start()
         before = len(lines(folder, "step")) if metrics.exists() else 0
         wait_until(lambda n=before + 2: metrics.exists() and len(lines(folder, "step")) >= n)
         task.send_signal(getattr(signal, name))
-        assert task.wait(60) == 128 + signal.SIGTERM
+        assert task.wait(60) == stopped
         assert list((folder / "checkpoints").glob("step-*")) and not (folder / "finished.json").exists()
         assert (log.read_text() if log.exists() else "") == "requeue 77_5\n" * queued
     task = start()

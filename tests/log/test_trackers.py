@@ -372,7 +372,8 @@ def test_sweep_arguments_are_understood(macro, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sweep_agent(tmp_path):
+@pytest.mark.parametrize("launcher", ["python", "torchrun --standalone --nproc_per_node=2"], ids=["python", "torchrun"])
+def test_sweep_agent(tmp_path, launcher):
     """W&B's own agent runs a trial of train_rm.py by configs/sweep.yaml's command: it is a run of the sweep, in the
     sweep's project and named by W&B, and the swept metric has one value an evaluation."""
     for name in ("train_rm.py", "rm", "configs"):
@@ -380,6 +381,7 @@ def test_sweep_agent(tmp_path):
     small = {"max_train_samples": 80, "max_eval_samples": 30, "max_steps": 4, "eval_steps": 2, "logging_steps": 1}
     trial = TRIAL | small | {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "output_dir": str(tmp_path / "out")}
     sweep = (ROOT / "configs" / "sweep.yaml").read_text()
+    sweep = sweep.replace("  - python\n", "".join(f"  - {word}\n" for word in launcher.split()))
     stub = Stub(trials=[trial], sweep=sweep)
     env = os.environ | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": stub.url, "OMP_NUM_THREADS": "1"}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
