@@ -22,8 +22,7 @@ from rm.config.section import Section, fields_of, option
 from rm.data.mixture import load_evaluation_data
 from rm.data.tokenizer import load_tokenizer
 from rm.evaluate.evaluator import NUM_MISTAKES, Evaluator, metrics_table
-from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
-from rm.evaluate.table import compare_tables, has_several, slices, worst
+from rm.evaluate.table import compare_tables, evaluation_intervals, evaluation_metrics, has_several, slices, worst
 from rm.forward import choose_layout
 from rm.model.load import check_positions, conversations_from_text, load_saved_model, recorded_config
 from rm.model.reward_model import set_tf32

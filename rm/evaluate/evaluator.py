@@ -21,8 +21,8 @@ from rm.config.options import RewardConfig
 from rm.data.dataset import PreferenceData
 from rm.data.plan import Layout
 from rm.data.tokenize import Tree
-from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics, find_metric
-from rm.evaluate.table import evaluation_table, has_several, slices, worst
+from rm.evaluate.metrics import find_metric
+from rm.evaluate.table import evaluation_intervals, evaluation_metrics, evaluation_table, has_several, slices, worst
 from rm.forward import without_autocast
 from rm.model.reward_model import cast_weights, unwrapped
 from rm.score.scorer import TreeList, score_prompts

@@ -9,22 +9,88 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from rm.config.options import LossOptions
 from rm.evaluate import statistics as st
-from rm.evaluate.rewardbench import rewardbench_metrics
-from rm.evaluate.rows import Rows
 from rm.evaluate.statistics import mean
+from rm.loss import pairwise_loss, plackett_luce_loss
 
-PLAIN_LOSS = LossOptions()
 METRICS: dict[str, Metric] = {}
+
+
+# ---------------------------------------------------------------- what metrics read
+@dataclass(frozen=True)
+class Rows:
+    """An evaluation table as float64 arrays."""
+
+    table: pd.DataFrame
+    options: LossOptions
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.table[column].to_numpy(np.float64)
+
+    @cached_property
+    def rewards(self) -> np.ndarray:
+        """Rewards of the chosen and the rejected answers [2, C]; raises `FloatingPointError` if one is not finite."""
+        rewards = np.stack([self["reward_chosen"], self["reward_rejected"]])
+        if not np.isfinite(rewards).all():
+            raise FloatingPointError("a reward is NaN or infinite, and so are metrics of the rewards")
+        return rewards
+
+    @cached_property
+    def margin(self) -> np.ndarray:
+        """reward_chosen - reward_rejected [C]; the margin in the data is `self["margin"]`."""
+        return self.rewards[0] - self.rewards[1]
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """Tokens of all answers without the common prefix, first the chosen ones [2C]."""
+        return np.concatenate([self[f"length_{side}"] - self["prefix_length"] for side in ("chosen", "rejected")])
+
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        """Each compared answer once, prompt by prompt [N]: `index`, `reward`, `prompt`, and `score` if there is one.
+        Raises as `rewards` does."""
+        sides, _ = [], self.rewards
+        for side in ("chosen", "rejected"):
+            names = {side: "answer", f"reward_{side}": "reward", f"score_{side}": "score"}
+            names = {name: new for name, new in names.items() if name in self.table}
+            sides.append(self.table[["index", "prompt", *names]].rename(columns=names))
+        answers = pd.concat(sides).drop_duplicates(["index", "answer"])
+        return answers.sort_values(["index", "answer"], ignore_index=True)
+
+    @cached_property
+    def has_highest_reward(self) -> pd.Series:
+        """Which of `answers` have the highest reward of their prompt."""
+        return self.answers["reward"] == self.answers.groupby("index")["reward"].transform("max")
+
+    def of_prompts(self, values: pd.Series) -> np.ndarray:
+        """Values of prompts by their `index` for each comparison [C]: since shares add up to 1, prompts count once."""
+        return values.reindex(self.table["index"]).to_numpy(np.float64)
+
+    def losses(self, all_equal: bool = False) -> np.ndarray:
+        """Training loss of each comparison [C], times its weight; or what it would be if all rewards were equal."""
+        options = self.options.loss_options
+        if self.options.loss_type == "plackett_luce":
+            counts = self.answers.groupby("index").size()
+            columns = ((1 - all_equal) * self.answers["reward"], self.answers["score"], counts)
+            loss_P = plackett_luce_loss(*(torch.tensor(column.to_numpy()) for column in columns), **options)
+            return self.of_prompts(pd.Series(loss_P.numpy(), counts.index))
+        rewards = np.zeros((2, len(self.table))) if all_equal else self.rewards
+        columns = map(torch.tensor, (*rewards, self["margin"], self["p_chosen"]))
+        return self["weight"] * pairwise_loss(*columns, **options).numpy()
+
+    def decided(self, w: np.ndarray) -> np.ndarray:
+        """The weights with 0 for label ties (p_chosen = 0.5)."""
+        return np.where(self["p_chosen"] == 0.5, 0, w)
 
 
 def both(w: np.ndarray) -> np.ndarray:
@@ -225,65 +291,3 @@ def find_metric(name: str) -> Metric:
         return Metric("rewardbench", "fraction", "published score of this part of RewardBench", True)
     known = TRAINING_METRICS.get(name) or METRICS.get(re.sub("^other_|_(low|high|difference)$", "", last))
     return known or Metric(name, "", "")
-
-
-# ---------------------------------------------------------------- values and intervals
-def measures(
-    table: pd.DataFrame, counts: np.ndarray, names: Iterable[str], options: LossOptions = PLAIN_LOSS
-) -> dict[str, Any]:
-    """The metrics among `names` that the table has, for counts of each comparison [..., C]; [...] each.
-
-    A comparison weighs its count times its `share`, so that a prompt counts once; in the loss also its `weight`.
-    """
-    rows, weight, values = Rows(table, options), counts * table["share"].to_numpy(), {}
-    for name in names:
-        if METRICS[name].only_if(table):
-            try:
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    values[name] = METRICS[name].function(rows, weight)
-            except FloatingPointError:
-                values[name] = np.full(counts.shape[:-1], np.nan)
-    return values
-
-
-def accuracy_of(table: pd.DataFrame) -> dict[str, float]:
-    """`comparisons`, `accuracy`, `accuracy_low` and `accuracy_high` of these comparisons."""
-    measure = partial(measures, table, names=["accuracy"])
-    low, high = st.bootstrap(measure, table["prompt"].to_numpy(), ["accuracy"])["accuracy"]
-    accuracy = float(measure(np.ones(len(table)))["accuracy"])
-    return {"comparisons": len(table), "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
-
-
-def evaluation_metrics(table: pd.DataFrame, options: LossOptions) -> dict[str, float]:
-    """All metrics of an evaluation: `eval/NAME`, `eval/SUBSET/accuracy`, scores of RewardBench.
-
-    With several sets `eval/NAME` is of all comparisons, and `eval/SET/NAME` and so on of each set.
-    """
-    metrics = {}
-    for prefix, part, subsets in _parts(table):
-        values = measures(part, np.ones(len(part)), METRICS, options) | accuracy_of(part)
-        for subset, rows in subsets.items():
-            values |= {f"{subset}/{name}": value for name, value in accuracy_of(rows).items()}
-        values |= rewardbench_metrics(subsets)
-        metrics |= {f"{prefix}/{name}": v if isinstance(v, int) else float(v) for name, v in values.items()}
-    return metrics
-
-
-def evaluation_intervals(table: pd.DataFrame, options: LossOptions) -> dict[str, tuple[float, float]]:
-    """95% intervals of the metrics of `evaluation_metrics` that have one, without those of subsets."""
-    names = [name for name, definition in METRICS.items() if definition.has_interval]
-    intervals, fractions = {}, [name for name in names if METRICS[name].unit == "fraction"]
-    for prefix, part, subsets in _parts(table):
-        measure = partial(measures, part, names=names, options=options)
-        found = st.bootstrap(measure, part["prompt"].to_numpy(), fractions)
-        found |= rewardbench_metrics(subsets, intervals=True)
-        intervals |= {f"{prefix}/{name}": ends for name, ends in found.items()}
-    return intervals
-
-
-def _parts(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, dict[str, pd.DataFrame]]]:
-    """(prefix of names, comparisons, their subsets) of the whole table and of each set, if there are several."""
-    sets = {f"eval/{name}": part for name, part in table.groupby("set", sort=False)}
-    sets = {"eval": table} if len(sets) == 1 else {"eval": table.drop(columns="subset", errors="ignore")} | sets
-    for prefix, part in sets.items():
-        yield prefix, part, dict(list(part.groupby("subset"))) if "subset" in part else {}

@@ -1,9 +1,10 @@
-"""The evaluation table (one row per comparison, with rewards), its slices, and the comparison of two models.
+"""The evaluation table (one row per comparison, with rewards): its metrics, slices, and the comparison of two models.
 
 A slice has `bin` (its name), `low` and `high` (the ends of its range, or None) and the numbers of `accuracy_of`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from rm.config.options import LossOptions
 from rm.config.redact import redact
 from rm.data.columns import ANSWER_COLUMNS
 from rm.data.dataset import PreferenceData
-from rm.evaluate.metrics import PLAIN_LOSS, accuracy_of, measures
+from rm.evaluate.metrics import METRICS, Rows
+from rm.evaluate.rewardbench import rewardbench_metrics
 from rm.evaluate.statistics import BINS, bootstrap, confidence
 
 # further columns, computed once from the texts: {column: function of {"prompt": str, "chosen": str, "rejected": str}}
 TEXT_COLUMNS: dict[str, Callable[[dict[str, str]], float]] = {}
+PLAIN_LOSS = LossOptions()
 COMPARED = ("accuracy", "loss", "brier", "ece", "longer_answer_baseline_accuracy", "margin_length_spearman")
 
 
@@ -58,6 +61,68 @@ def worst(table: pd.DataFrame, count: int) -> np.ndarray:
     margin = difference(table).where(table["p_chosen"] != 0.5, 0)
     order = margin[margin < 0].sort_values(kind="stable").index
     return order[~table.loc[order, "index"].duplicated()][:count].to_numpy()
+
+
+# ---------------------------------------------------------------- metrics and intervals
+def measures(
+    table: pd.DataFrame, counts: np.ndarray, names: Iterable[str], options: LossOptions = PLAIN_LOSS
+) -> dict[str, Any]:
+    """The metrics among `names` that the table has, for counts of each comparison [..., C]; [...] each.
+
+    A comparison weighs its count times its `share`, so that a prompt counts once; in the loss also its `weight`.
+    """
+    rows, weight, values = Rows(table, options), counts * table["share"].to_numpy(), {}
+    for name in names:
+        if METRICS[name].only_if(table):
+            try:
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    values[name] = METRICS[name].function(rows, weight)
+            except FloatingPointError:
+                values[name] = np.full(counts.shape[:-1], np.nan)
+    return values
+
+
+def accuracy_of(table: pd.DataFrame) -> dict[str, float]:
+    """`comparisons`, `accuracy`, `accuracy_low` and `accuracy_high` of these comparisons."""
+    measure = partial(measures, table, names=["accuracy"])
+    low, high = bootstrap(measure, table["prompt"].to_numpy(), ["accuracy"])["accuracy"]
+    accuracy = float(measure(np.ones(len(table)))["accuracy"])
+    return {"comparisons": len(table), "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+
+
+def evaluation_metrics(table: pd.DataFrame, options: LossOptions) -> dict[str, float]:
+    """All metrics of an evaluation: `eval/NAME`, `eval/SUBSET/accuracy`, scores of RewardBench.
+
+    With several sets `eval/NAME` is of all comparisons, and `eval/SET/NAME` and so on of each set.
+    """
+    metrics = {}
+    for prefix, part, subsets in _parts(table):
+        values = measures(part, np.ones(len(part)), METRICS, options) | accuracy_of(part)
+        for subset, rows in subsets.items():
+            values |= {f"{subset}/{name}": value for name, value in accuracy_of(rows).items()}
+        values |= rewardbench_metrics(subsets)
+        metrics |= {f"{prefix}/{name}": v if isinstance(v, int) else float(v) for name, v in values.items()}
+    return metrics
+
+
+def evaluation_intervals(table: pd.DataFrame, options: LossOptions) -> dict[str, tuple[float, float]]:
+    """95% intervals of the metrics of `evaluation_metrics` that have one, without those of subsets."""
+    names = [name for name, definition in METRICS.items() if definition.has_interval]
+    intervals, fractions = {}, [name for name in names if METRICS[name].unit == "fraction"]
+    for prefix, part, subsets in _parts(table):
+        measure = partial(measures, part, names=names, options=options)
+        found = bootstrap(measure, part["prompt"].to_numpy(), fractions)
+        found |= rewardbench_metrics(subsets, intervals=True)
+        intervals |= {f"{prefix}/{name}": ends for name, ends in found.items()}
+    return intervals
+
+
+def _parts(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, dict[str, pd.DataFrame]]]:
+    """(prefix of names, comparisons, their subsets) of the whole table and of each set, if there are several."""
+    sets = {f"eval/{name}": part for name, part in table.groupby("set", sort=False)}
+    sets = {"eval": table} if len(sets) == 1 else {"eval": table.drop(columns="subset", errors="ignore")} | sets
+    for prefix, part in sets.items():
+        yield prefix, part, dict(list(part.groupby("subset"))) if "subset" in part else {}
 
 
 # ---------------------------------------------------------------- slices

@@ -12,14 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    set_seed,
-)
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.distributed.fsdp import FSDPModule

@@ -17,8 +17,8 @@ from rm.config.errors import InputError, RunError
 from rm.config.options import RewardConfig
 from rm.data.dataset import PreferenceData
 from rm.data.plan import StepPlan
-from rm.evaluate.metrics import evaluation_metrics, find_metric
-from rm.evaluate.table import evaluation_table
+from rm.evaluate.metrics import find_metric
+from rm.evaluate.table import evaluation_metrics, evaluation_table
 
 logger = logging.getLogger(__name__)
 

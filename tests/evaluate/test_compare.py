@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from tables import CONFIG, by_margins
 
-from rm.evaluate.metrics import evaluation_metrics
-from rm.evaluate.table import compare_tables
+from rm.evaluate.table import compare_tables, evaluation_metrics
 
 
 def test_differences_by_hand():

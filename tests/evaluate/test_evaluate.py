@@ -17,8 +17,8 @@ import train_rm
 from rm.config.errors import InputError
 from rm.config.options import LossOptions
 from rm.evaluate import __main__ as program
-from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
 from rm.evaluate.rewardbench import PUBLISHED_PAIRS
+from rm.evaluate.table import evaluation_intervals, evaluation_metrics
 from rm.model.load import recorded_config
 
 

@@ -8,16 +8,9 @@ import pytest
 from tables import CONFIG, by_margins, table
 
 from rm.config.options import LossOptions
-from rm.evaluate import metrics as module
-from rm.evaluate.metrics import (
-    METRICS,
-    TRAINING_METRICS,
-    Metric,
-    evaluation_intervals,
-    evaluation_metrics,
-    find_metric,
-)
+from rm.evaluate.metrics import METRICS, TRAINING_METRICS, Metric, find_metric
 from rm.evaluate.statistics import mean, wilson_interval
+from rm.evaluate.table import evaluation_intervals, evaluation_metrics
 
 
 def evaluated(frame, config=CONFIG) -> dict[str, float]:
@@ -210,7 +203,7 @@ def test_definitions_of_logged_names():
 
 def test_a_new_metric_of_the_texts(monkeypatch):
     """One definition gives values of each set, intervals and a direction, for tables that have its column."""
-    monkeypatch.setattr(module, "METRICS", METRICS | {})
+    monkeypatch.setitem(METRICS, "questions", None)  # so that it is removed after the test
     has_column = lambda frame: "asks" in frame  # noqa: E731
     definition = Metric("questions", "fraction", "chosen answers that ask a question", False, only_if=has_column)
     definition(lambda rows, weight: mean(rows["asks"], weight))

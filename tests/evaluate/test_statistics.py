@@ -7,7 +7,8 @@ import pytest
 from tables import by_margins, table
 
 from rm.evaluate import statistics as st
-from rm.evaluate.metrics import METRICS, accuracy_of, measures
+from rm.evaluate.metrics import METRICS
+from rm.evaluate.table import accuracy_of, measures
 
 X, ONES = np.array([1.0, 2.0, 4.0, 9.0]), np.ones(4)
 

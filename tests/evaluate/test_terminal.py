@@ -8,7 +8,7 @@ from rich.console import Console
 from tables import CONFIG, table
 
 from rm.evaluate.evaluator import evaluation_line, final_table, metrics_table
-from rm.evaluate.metrics import evaluation_intervals, evaluation_metrics
+from rm.evaluate.table import evaluation_intervals, evaluation_metrics
 
 
 def shown(*tables, width: int = 80) -> str:
