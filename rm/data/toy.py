@@ -88,62 +88,35 @@ def _message(role: str, *parts: str) -> dict:
     return {"role": role, "content": _join(*parts)}
 
 
-def _draw_prompt_of(rng: random.Random, split: str) -> tuple[str, list[dict], str]:
-    """The last message decides the split: no prompt is in both, whatever the seed."""
-    while True:
+def _draw_rows(split: str, num_rows: int, seed: int, labels: str | None = None) -> Iterator[dict]:
+    """Pairs, or groups with `labels`. The last message decides the split: no prompt is in both, whatever the seed."""
+    rng = random.Random(f"{seed}/{split}" + (f"/{labels}" if labels else ""))
+    for index in range(num_rows):
         subset, prompt, task = _draw_prompt(rng)
-        if zlib.crc32(prompt[-1]["content"].encode()) % 2 == (split == "test"):
-            return subset, prompt, task
-
-
-def _draw_pairs(split: str, num_rows: int, seed: int) -> Iterator[dict]:
-    rng = random.Random(f"{seed}/{split}")
-    for index in range(num_rows):
-        subset, prompt, task = _draw_prompt_of(rng, split)
-        answer_a = answer_b = _draw_answer(rng, task)
-        while answer_b == answer_a:
-            answer_b = _draw_answer(rng, task)
-        chosen, rejected = answer_a, answer_b
-        score_chosen, score_rejected = true_reward(prompt, chosen), true_reward(prompt, rejected)
-        if rng.random() >= 1 / (1 + math.exp(score_rejected - score_chosen)):  # Bradley-Terry
-            chosen, rejected, score_chosen, score_rejected = rejected, chosen, score_rejected, score_chosen
-        yield {
-            "id": f"{split}-{index}",
-            "subset": subset,
-            "prompt": prompt,
-            "chosen": [_message("assistant", chosen)],
-            "rejected": [_message("assistant", rejected)],
-            "score_chosen": score_chosen,
-            "score_rejected": score_rejected,
-            "true_margin": score_chosen - score_rejected,
-        }
-
-
-def _draw_groups(split: str, num_rows: int, seed: int, labels: str) -> Iterator[dict]:
-    rng = random.Random(f"{seed}/{split}/{labels}")
-    for index in range(num_rows):
-        subset, prompt, task = _draw_prompt_of(rng, split)
+        while zlib.crc32(prompt[-1]["content"].encode()) % 2 != (split == "test"):
+            subset, prompt, task = _draw_prompt(rng)
         answers: list[str] = []
-        while len(answers) < NUM_ANSWERS:
+        while len(answers) < (NUM_ANSWERS if labels else 2):
             answer = _draw_answer(rng, task)
             answers += [answer] if answer not in answers else []
         rewards = [true_reward(prompt, answer) for answer in answers]
-        pairs = list(itertools.combinations(range(NUM_ANSWERS), 2))
-        ranks = {}
+        pairs, ranks = list(itertools.combinations(range(len(answers)), 2)), {}
         if labels == "plackett_luce":  # the order of reward + Gumbel noise
             noisy = [reward - math.log(-math.log(rng.random())) for reward in rewards]
             ranks = {"ranks": [1 + sum(other > mine for other in noisy) for mine in noisy]}
-            compared = [(a, b) if noisy[a] > noisy[b] else (b, a) for a, b in pairs]
-        else:
+            is_first = [noisy[a] > noisy[b] for a, b in pairs]
+        else:  # Bradley-Terry
             is_first = [rng.random() < 1 / (1 + math.exp(rewards[b] - rewards[a])) for a, b in pairs]
-            compared = [pair if wins else pair[::-1] for pair, wins in zip(pairs, is_first, strict=True)]
-        yield {
-            "id": f"{split}-{index}",
-            "subset": subset,
-            "prompt": prompt,
-            "responses": [[_message("assistant", answer)] for answer in answers],
-            "comparisons": [{"chosen": a, "rejected": b, "true_margin": rewards[a] - rewards[b]} for a, b in compared],
-        } | ranks
+        compared = [pair if wins else pair[::-1] for pair, wins in zip(pairs, is_first, strict=True)]
+        comparisons = [{"chosen": a, "rejected": b, "true_margin": rewards[a] - rewards[b]} for a, b in compared]
+        messages = [[_message("assistant", answer)] for answer in answers]
+        row = {"id": f"{split}-{index}", "subset": subset, "prompt": prompt}
+        if labels:
+            yield row | {"responses": messages, "comparisons": comparisons} | ranks
+        else:
+            chosen, rejected, margin = comparisons[0].values()
+            row |= {"chosen": messages[chosen], "rejected": messages[rejected]}
+            yield row | {"score_chosen": rewards[chosen], "score_rejected": rewards[rejected], "true_margin": margin}
 
 
 def toy_dataset(split: str, num_rows: int, seed: int = 0, labels: str | None = None) -> Dataset:
@@ -155,5 +128,4 @@ def toy_dataset(split: str, num_rows: int, seed: int = 0, labels: str | None = N
     """
     arguments = {"split": split, "num_rows": num_rows, "seed": seed} | ({"labels": labels} if labels else {})
     key = hashlib.sha256(f"{Path(__file__).read_bytes()}{GRAMMAR}{arguments}".encode()).hexdigest()[:32]
-    draw = _draw_groups if labels else _draw_pairs
-    return Dataset.from_generator(draw, gen_kwargs=arguments, split=split, fingerprint=key)
+    return Dataset.from_generator(_draw_rows, gen_kwargs=arguments, split=split, fingerprint=key)
