@@ -1,7 +1,6 @@
 """From a data set's name to its rows: hub, local files and folders, the embedded toy data; errors name file and row."""
 
 import contextlib
-import dataclasses
 import gzip
 import hashlib
 import itertools
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.json
 import xxhash
@@ -43,37 +41,23 @@ if not sys.stderr.isatty():
 class Source:
     """One split as it was loaded.
 
-    content: a hash of the files' content, or the hub's fingerprint; files: the local files, in order; rows: of a
-    selection, the number of each row in the whole split.
+    dataset: its rows, or the first of them. content: a hash of the files' content, or the hub's fingerprint.
+    files: the local files, in order.
     """
 
     dataset: Dataset
     name: str
     content: str
     files: Sequence[str] = ()
-    rows: np.ndarray | None = None
 
     def row_name(self, row: int) -> str:
         """Row `row` of `dataset` as "FILE, row N"; N counts from 1 in the file (or in the split of a hub data set)."""
-        row = row if self.rows is None else int(self.rows[row])
         for file in self.files if len(self.files) > 1 else ():
             num_rows = _prepared(Path(file), None)[0].info.splits["train"].num_examples
             if row < num_rows:
                 return f"{file}, row {row + 1}"
             row -= num_rows
         return f"{self.name}, row {row + 1}"
-
-    def select(self, rows) -> "Source":
-        before = np.asarray(rows) if self.rows is None else self.rows[np.asarray(rows)]
-        return dataclasses.replace(self, dataset=self.dataset.select(rows), rows=before)
-
-    def first(self, num_rows: int | None) -> "Source":
-        """The first `num_rows` rows (None: all); a warning and all rows where fewer exist."""
-        if num_rows is None or num_rows == len(self.dataset):
-            return self
-        if num_rows > len(self.dataset):
-            logger.warning("%s: %d rows requested, %d exist; using all", self.name, num_rows, len(self.dataset))
-        return self.select(range(min(num_rows, len(self.dataset))))
 
 
 def load_source(
@@ -88,7 +72,7 @@ def load_source(
     """One split of a hub data set, a local file or folder, a `save_to_disk` folder, or the embedded data.
 
     Args:
-        max_samples: use the first N rows (None: all); of the toy data N are drawn from `seed`.
+        max_samples: use the first N rows (None, or fewer exist: all); of the toy data N are drawn from `seed`.
         accept_only_split: use the only split where `split` does not exist. A file has one split, "train".
 
     Raises:
@@ -137,7 +121,11 @@ def load_source(
             _check_json_lines(file, name if file == path else str(file), pa.schema([]))
         raise InputError(f"{name}: cannot be read: {one_line(error)}") from error
     title = name if is_file else f"{name}, split {split}"
-    return Source(dataset, title, f"{content}-{split}", files).first(max_samples)
+    if max_samples is not None and max_samples > len(dataset):
+        logger.warning("%s: %d rows requested, %d exist; using all", title, max_samples, len(dataset))
+    elif max_samples is not None:
+        dataset = dataset.take(max_samples)
+    return Source(dataset, title, f"{content}-{split}", files)
 
 
 def _choose_split(name: str, split: str, splits: Iterable[str], accept_only_split: bool) -> str:
