@@ -35,7 +35,7 @@ from rm.data.formats import OTHERS, detect_format, read_row
 from rm.data.layouts import DataLayout
 from rm.data.load import Source, check_late_rows
 from rm.data.prompt import example_of
-from rm.data.tokenize import Tree, encode_examples, make_tree, usable_part
+from rm.data.tokenize import encode_examples, make_tree, usable_part
 
 logger = logging.getLogger(__name__)
 
@@ -190,14 +190,11 @@ def encode_batch(batch, indices, *, source: Source, tokenizer: Any, encoding: En
         if isinstance(sequences, RowError):
             raise InputError(f"{source.row_name(i)}: {sequences}")
         part = usable_part(example, sequences, encoding, tokenizer.bos_token_id)
-        tree = part.tree or Tree(np.zeros(0, np.int32), [])
-        row = {"id": example.id or str(i), "subset": example.subset}
-        row |= {"prompt": prompt_hash(example, tree), "row": [i] * len(part.kept)}
+        row = token_columns({_hash(ids): ids for ids in part.sequences})
+        row |= {"id": example.id or str(i), "subset": example.subset}
+        row |= {"prompt": prompt_hash(example, row["prefix_ids"]), "row": [i] * len(part.kept)}
         row |= {"answer": part.answers, "answer_row": [i] * len(part.answers)}
-        row |= {"prefix_ids": tree.prefix, "answer_ids": tree.answers}
         row |= dict.fromkeys((*NOTED, *DROPPED), 0) | part.noted | part.dropped | {"tied": example.num_tied}
-        row |= {"prefix_length": len(tree.prefix), "answer_lengths": list(map(len, tree.answers))}
-        row["answer_hash"] = list(map(_hash, tree.sequences()))
         row |= {side: [comparison[n] for comparison in part.comparisons] for n, side in enumerate(SIDES)}
         for columns, places in ((COMPARISON_COLUMNS, part.kept), (ANSWER_COLUMNS, part.answers)):
             for name, column in columns.items():
@@ -205,6 +202,13 @@ def encode_batch(batch, indices, *, source: Source, tokenizer: Any, encoding: En
                 row[name] = [column.default if values is None else values[p] for p in places]
         table.append(row)
     return pa.Table.from_pylist(table, schema=features.arrow_schema)
+
+
+def token_columns(sequences: dict[int, np.ndarray]) -> Row:
+    """The token columns of a prompt. `sequences`: {hash: tokens of prompt and answer}."""
+    tree = make_tree(list(sequences.values()))
+    row = {"prefix_ids": tree.prefix, "prefix_length": len(tree.prefix), "answer_hash": list(sequences)}
+    return row | {"answer_ids": tree.answers, "answer_lengths": list(map(len, tree.answers))}
 
 
 def _hash(ids: np.ndarray) -> int:
@@ -241,15 +245,7 @@ def merge_rows(rows: Sequence[Row]) -> Row:
             merged[name] += row[name]
     merged |= {name: rows[0][name] for name in ("id", "subset", "prompt")}
     merged |= {count: sum(row[count] for row in rows) for count in (*NOTED, *DROPPED)}
-    return merged | with_tree(sequences)
-
-
-def with_tree(sequences: dict[int, np.ndarray]) -> Row:
-    """The token columns of a prompt. `sequences`: {hash: tokens of prompt and answer}."""
-    tree = make_tree(list(sequences.values())) if sequences else None
-    prefix, answers = (tree.prefix, tree.answers) if tree else (np.zeros(0, np.int32), [])
-    lengths = {"prefix_length": len(prefix), "answer_lengths": [len(answer) for answer in answers]}
-    return {"prefix_ids": prefix, "answer_ids": answers, "answer_hash": list(sequences)} | lengths
+    return merged | token_columns(sequences)
 
 
 def split_row(row: Row, max_answers: int) -> Iterator[Row]:
@@ -271,7 +267,7 @@ def split_row(row: Row, max_answers: int) -> Iterator[Row]:
         if p == 0:
             piece["split"] += sum(part_of[chosen] != part_of[rejected] for chosen, rejected in pairs)
         sequences = {row["answer_hash"][n]: np.array([*row["prefix_ids"], *row["answer_ids"][n]]) for n in part}
-        yield piece | with_tree(sequences)
+        yield piece | token_columns(sequences)
 
 
 def partition(num_answers: int, pairs: Sequence[tuple[int, int]], max_answers: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from datasets import Dataset
 from rm.config.errors import InputError
 from rm.data.audit import DROPPED, NOTED, audit_counts
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
-from rm.data.example import Encoding, Example, content_text, without_none
+from rm.data.example import SIDES, Encoding, Example, content_text, without_none
 from rm.data.formats import read_row
 from rm.data.load import Source
 from rm.data.plan import Layout
@@ -161,16 +161,16 @@ class PreferenceData:
     def comparisons(self) -> pd.DataFrame:
         """One row per comparison: `index` (of the prompt), `row` (in the source), `chosen`, `rejected` (answers of the
         prompt), the comparison columns, `share` (1/C), `length_chosen`, `length_rejected`, `prefix_length` (tokens)."""
-        counts, chosen = ragged(self.dataset, "chosen")
+        counts = ragged(self.dataset, "row")[0]
         index = np.repeat(np.arange(len(self)), counts)
-        frame = {"index": index, "row": ragged(self.dataset, "row")[1], "chosen": chosen}
-        frame |= {"rejected": ragged(self.dataset, "rejected")[1]}
-        frame |= {name: ragged(self.dataset, name)[1].astype(np.float64) for name in COMPARISON_COLUMNS}
+        names = ("row", "chosen", "rejected", *COMPARISON_COLUMNS)
+        frame = pd.DataFrame({"index": index} | {name: ragged(self.dataset, name)[1] for name in names})
         num_answers, lengths = ragged(self.dataset, "answer_lengths")
         first, prefix = (np.cumsum(num_answers) - num_answers)[index], flat(self.dataset, "prefix_length")[index]
-        for side in ("chosen", "rejected"):
-            frame[f"length_{side}"] = (lengths[first + frame[side]] + prefix).astype(np.int32)
-        return pd.DataFrame(frame | {"prefix_length": prefix, "share": (1 / counts)[index]})
+        for side in SIDES:
+            frame[f"length_{side}"] = lengths[first + frame[side]] + prefix
+        frame = frame.assign(prefix_length=prefix, share=(1 / counts)[index])
+        return frame.astype(dict.fromkeys(COMPARISON_COLUMNS, np.float64))
 
 
 def concatenate(parts: dict[str, PreferenceData]) -> PreferenceData:
@@ -187,14 +187,14 @@ def concatenate(parts: dict[str, PreferenceData]) -> PreferenceData:
 
 
 # ---------------------------------------------------------------- where the prompt ends
-def prompt_hash(example: Example, tree: Tree) -> int:
+def prompt_hash(example: Example, prefix_ids: np.ndarray) -> int:
     """A signed 64-bit hash, equal for equal rendered prompts, the same on every machine.
 
-    Without a prompt of their own the prompt is where the answers begin alike (of token ids the prefix of `tree`), so
+    Without a prompt of their own the prompt is where the answers begin alike (of token ids `prefix_ids`), so
     that one prompt may get several numbers. Answers without a common start are a prompt of their own.
     """
     if example.kind == "tokens":
-        content = tree.prefix.astype("<i4").tobytes()
+        content = prefix_ids.astype("<i4").tobytes()
     else:
         prompt, answers = split_prompt(example)
         prompt = prompt or [[], *answers]
@@ -236,7 +236,7 @@ def readable(example: Example) -> tuple[str, list[str]]:
 def _content(message: dict) -> str:
     content = content_text(message.get("content"))
     calls = [json.dumps(call, ensure_ascii=False) for call in without_none(message.get("tool_calls") or [])]
-    return "\n".join([content, *calls]) if content else "\n".join(calls)
+    return "\n".join(filter(None, [content, *calls]))
 
 
 def _transcript(messages: list[dict]) -> str:

@@ -29,6 +29,8 @@ class Tree:
 
 def make_tree(sequences: Sequence[np.ndarray]) -> Tree:
     """The tree of N sequences: their common prefix once; each answer has at least one token."""
+    if not sequences:
+        return Tree(np.zeros(0, np.int32), [])
     cut = shared_prefix_length(*sequences)
     return Tree(sequences[0][:cut], [ids[cut:] for ids in sequences])
 
@@ -173,14 +175,15 @@ def truncate_left(sequences: Sequence[np.ndarray], max_length: int, bos: int | N
 
 @dataclass
 class Usable:
-    """What is left of an example: its tree (None: nothing), and what was dropped.
+    """What is left of an example, and what was dropped.
 
-    answers: the kept answers, as indices into the example's; comparisons: (chosen, rejected) as indices into the kept
-    answers; kept: the kept comparisons, as indices into the example's. dropped: comparisons by reason.
-    noted: 1 for each of `rm.data.audit.NOTED` that holds; a part of an answer is what the answers do not share.
+    answers: the kept answers, as indices into the example's; sequences: their tokens, prompt included.
+    comparisons: (chosen, rejected) as indices into the kept answers; kept: the kept comparisons, as indices into the
+    example's. dropped: comparisons by reason. noted: 1 for each of `rm.data.audit.NOTED` that holds; a part of an
+    answer is what the answers do not share.
     """
 
-    tree: Tree | None
+    sequences: list[np.ndarray]
     answers: list[int]
     comparisons: list[tuple[int, int]]
     kept: list[int]
@@ -224,9 +227,9 @@ def usable_part(example: Example, sequences: list[np.ndarray], encoding: Encodin
         else:
             kept.append(c)
     if not kept:
-        return Usable(None, [], [], [], dropped)
+        return Usable([], [], [], [], dropped)
     answers = [n for n in range(len(sequences)) if same[n] == n and not is_empty[n] and not is_long[n]]
     place = {n: i for i, n in enumerate(answers)}
     compared = [example.comparisons[c] for c in kept]
     pairs = [(place[same[chosen]], place[same[rejected]]) for chosen, rejected in compared]
-    return Usable(make_tree([sequences[n] for n in answers]), answers, pairs, kept, dropped, noted)
+    return Usable([sequences[n] for n in answers], answers, pairs, kept, dropped, noted)

@@ -69,8 +69,7 @@ def test_usable_part(name):
     part = usable_part(example, arrays(*sequences), encoding, None)
     assert (part.answers, part.comparisons, part.kept, part.noted.get("truncated")) == (answers, pairs, kept, None)
     assert part.dropped == dict(zip(("empty", "identical", "over_length"), dropped, strict=True))
-    found = [ids.tolist() for ids in part.tree.sequences()] if part.tree else []
-    assert found == [sequences[n] for n in answers]
+    assert [ids.tolist() for ids in part.sequences] == [sequences[n] for n in answers]
 
 
 BEGIN = [[1, 2, 3, 4], [1, 2, 3, 5], [9]]  # [9] is blank: it does not shorten the prefix
@@ -85,7 +84,7 @@ def test_usable_part_is_truncated(last, comparisons, kept, dropped, want):
     encoding = SimpleNamespace(max_length=3, overlength="truncate_left")
     example = Example("text", None, ["a", "b", " ", "c"], comparisons=comparisons)
     part = usable_part(example, arrays(*BEGIN, last), encoding, None)
-    assert [ids.tolist() for ids in part.tree.sequences()] == want and part.kept == kept
+    assert [ids.tolist() for ids in part.sequences] == want and part.kept == kept
     assert part.noted == {"ends_with_user": 0, "truncated" if len(want) == 3 else "truncated_answer": 1}
     assert part.dropped == dict(zip(("empty", "identical", "over_length"), dropped, strict=True))
     assert part.comparisons == {3: [(0, 1), (2, 0)], 2: [(0, 1), (0, 1)]}[len(want)]
