@@ -41,12 +41,7 @@ class DataLayout:
 # ---------------------------------------------------------------- pairs and groups
 def prefer(example: Example, better: int | None, encoding: Encoding) -> Example:
     """The example of two answers of which number `better` is better; None: a tie."""
-    example.comparisons = [(1, 0) if better == 1 else (0, 1)]
-    if better is None and encoding.equal_scores == "tie":
-        example.columns["p_chosen"] = [0.5]
-    elif better is None:
-        example.comparisons, example.num_tied = [], 1
-    return example
+    return compare(example, [float(better == n) for n in range(2)], encoding)
 
 
 def read_pair(row: Row, encoding: Encoding) -> Example:
@@ -102,12 +97,12 @@ def add_comparisons(row: Row, example: Example, encoding: Encoding) -> Example:
         return _read_comparisons(given, example)
     if "score" not in example.columns:
         raise RowError("'scores' is missing (null), expected a list of a number for each answer")
-    return compare_scores(example, encoding)
+    return compare(example, example.columns["score"], encoding)
 
 
-def compare_scores(example: Example, encoding: Encoding) -> Example:
+def compare(example: Example, score: Sequence[float], encoding: Encoding) -> Example:
     """The example with all comparisons between different scores; equal ones are ties, or are counted."""
-    score, example.comparisons, is_tie = example.columns["score"], [], []
+    example.comparisons, is_tie = [], []
     for pair in itertools.combinations(range(len(example.answers)), 2):
         if score[pair[0]] != score[pair[1]] or encoding.equal_scores == "tie":
             example.comparisons.append(pair if score[pair[0]] >= score[pair[1]] else pair[::-1])
@@ -153,7 +148,7 @@ def read_two(row: Row, encoding: Encoding, better: Mapping[Any, int | None] | No
     if len(scores := [roles[role] for role in ("score_a", "score_b") if role in roles]) == 2:
         example.columns["score"] = [number_of(field_of(row, c), c, ANSWER_COLUMNS["score"]) for c in scores]
     if "preference" not in roles:
-        return compare_scores(example, encoding)
+        return compare(example, example.columns["score"], encoding)
     name, is_strength = roles["preference"], better is None
     if better is None:
         value = number_of(value, name, COMPARISON_COLUMNS["margin"])
@@ -212,6 +207,7 @@ def group(**columns: str) -> DataLayout:
 
 
 NUMBERS = {name: name for name in ("scores", "ranks", *(f"{name}s" for name in ANSWER_COLUMNS))}
+MASKED = {"masks": "attention_mask"} | NUMBERS  # of groups of token ids
 WINNER = {"model_a": 0, "model_b": 1} | dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad"))
 PAIRS = {"pair": SIDES, "pair_response": ("chosen_response", "rejected_response")}
 PAIRS |= {"response_pair": ("response_chosen", "response_rejected"), "stack_pair": ("response_j", "response_k")}
@@ -226,13 +222,8 @@ DATA_LAYOUTS = {  # name -> layout; of those that read the same columns of answe
         )
         for ids, masks in TOKEN_COLUMNS.items()
     },
-    **{f"group_{name}": group(responses="responses", **{name: name}) for name in LABELS},
-    **{
-        f"token_{name}": DataLayout(
-            {"input_ids": "input_ids", name: name}, read_token_group, {"masks": "attention_mask"} | NUMBERS
-        )
-        for name in LABELS
-    },
+    **{f"group_{n}": group(responses="responses", **{n: n}) for n in LABELS},
+    **{f"token_{n}": DataLayout({"input_ids": "input_ids", n: n}, read_token_group, MASKED) for n in LABELS},
     "swift": DataLayout({"messages": "messages", "rejected": "rejected_response"}, read_last_message),
     "ultrafeedback": group(prompt="instruction", responses="completions.response", scores="completions.overall_score"),
     "generations": group(responses="generations", scores="ratings"),
