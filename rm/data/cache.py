@@ -230,18 +230,18 @@ def merge_rows(rows: Sequence[Row]) -> Row:
     """
     sequences: dict[int, np.ndarray] = {}  # by hash, in the order of the answers
     place_of: dict[int, int] = {}
-    merged: Row = {name: [] for name in ("chosen", "rejected", "row", "answer", "answer_row", *COMPARISON_COLUMNS)}
-    merged |= {name: [] for name in ANSWER_COLUMNS}
+    of_answers, of_pairs = ("answer", "answer_row", *ANSWER_COLUMNS), ("row", *COMPARISON_COLUMNS)
+    merged: Row = {name: [] for name in (*SIDES, *of_answers, *of_pairs)}
     for row in rows:
         for n, (content, tokens) in enumerate(zip(row["answer_hash"], row["answer_ids"], strict=True)):
             if content not in sequences:
                 place_of[content] = len(sequences)
                 sequences[content] = np.array([*row["prefix_ids"], *tokens], np.int32)
-                for name in ("answer", "answer_row", *ANSWER_COLUMNS):
+                for name in of_answers:
                     merged[name].append(row[name][n])
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             merged[side] += [place_of[row["answer_hash"][n]] for n in row[side]]
-        for name in ("row", *COMPARISON_COLUMNS):
+        for name in of_pairs:
             merged[name] += row[name]
     merged |= {name: rows[0][name] for name in ("id", "subset", "prompt")}
     merged |= {count: sum(row[count] for row in rows) for count in (*NOTED, *DROPPED)}

@@ -62,11 +62,11 @@ class PreferenceData:
     def costs(self, layout: Layout) -> np.ndarray:
         """Tokens of every prompt in a batch of `layout`, int64 [n]."""
         counts, lengths = ragged(self.dataset, "answer_lengths")
-        prefix, starts = flat(self.dataset, "prefix_length").astype(np.int64), np.cumsum(counts) - counts
-        if layout.name == "shared_prefix" or layout.by_tree:
-            copies = 1 if layout.name == "shared_prefix" else counts
-            return copies * prefix + np.add.reduceat(lengths.astype(np.int64), starts)
-        return counts * (prefix + np.maximum.reduceat(lengths.astype(np.int64), starts))
+        prefix, starts = flat(self.dataset, "prefix_length"), np.cumsum(counts) - counts
+        if layout.name == "concatenated" and not layout.by_tree:  # padded to the longest answer
+            return counts * (prefix + np.maximum.reduceat(lengths, starts))
+        copies = 1 if layout.name == "shared_prefix" else counts
+        return copies * prefix + np.add.reduceat(lengths, starts, dtype=np.int64)
 
     @cached_property
     def num_answers(self) -> np.ndarray:

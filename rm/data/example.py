@@ -189,13 +189,12 @@ def content_text(content: str | list[dict] | None) -> str:
     return "\n".join(part["text"] for part in content) if type(content) is list else content or ""
 
 
-def in_parts(message: dict) -> dict:
-    text = message.get("content")
-    return message | {"content": [{"type": "text", "text": text}]} if type(text) is str else message
-
-
-def without_parts(message: dict) -> dict:
-    return message | {"content": content_text(message["content"])} if type(message.get("content")) is list else message
+def in_form(message: dict, as_parts: bool) -> dict:
+    """The message with its content as a list of parts, or as text; one without content as it is."""
+    content = message.get("content")
+    if type(content) is not (str if as_parts else list):
+        return message
+    return message | {"content": [{"type": "text", "text": content}] if as_parts else content_text(content)}
 
 
 def template_variables(row: dict[str, Any], chat_template_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,17 +11,7 @@ from typing import Any
 
 from rm.config.errors import InputError
 from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS, columns_to_read
-from rm.data.example import (
-    SIDES,
-    Encoding,
-    Example,
-    RowError,
-    describe,
-    expect,
-    label_of,
-    number_of,
-    template_variables,
-)
+from rm.data.example import SIDES, Encoding, Example, RowError, describe, label_of, number_of, template_variables
 from rm.data.layouts import DATA_LAYOUTS, LABELS, read_pair
 from rm.data.load import Source
 from rm.data.prompt import INSTRUCTION, PROMPTS, Row, field_of, find_prompt, is_text, text_columns
@@ -252,13 +242,12 @@ def add_numbers(row: dict[str, Any], example: Example, encoding: Encoding) -> No
             value = number_of(field_of(row, column), column, COMPARISON_COLUMNS[name])
             example.columns[name] = [value] * len(example.comparisons)
     for name, columns in encoding.answer_numbers.items():
-        default = ANSWER_COLUMNS[name].default
-        values = [default if row[c] is None else number_of(row[c], c, ANSWER_COLUMNS[name]) for c in columns]
-        example.columns[name] = values
+        column = ANSWER_COLUMNS[name]
+        example.columns[name] = [column.default if row[c] is None else number_of(row[c], c, column) for c in columns]
     if encoding.margin_from_scores:
         score = example.columns["score"]
-        for column in encoding.answer_numbers.get("score", ()):
-            expect(row[column], (int, float), repr(column), "a number")
+        for column in encoding.answer_numbers.get("score", ()):  # may not be null
+            number_of(row[column], column, ANSWER_COLUMNS["score"])
         example.columns["margin"] = [score[chosen] - score[rejected] for chosen, rejected in example.comparisons]
     for c, p_chosen in enumerate(example.columns.get("p_chosen", ())):
         if p_chosen < 0.5:

@@ -172,9 +172,8 @@ def _short_names(option: str, places: list[str], configs: list[str | None]) -> l
     """The shortest ends of the data sets' paths that distinguish them."""
     paths = []
     for place, config in zip(places, configs, strict=True):
-        *folders, last = (
-            Path(os.path.abspath(os.path.expanduser(place)) if os.path.exists(place) else place).parts or "."
-        )
+        path = os.path.abspath(os.path.expanduser(place)) if os.path.exists(place) else place
+        *folders, last = Path(path).parts or "."
         last = last.removesuffix(".gz")
         last = next((last.removesuffix(end) for end in BUILDERS if last.endswith(end)), last)
         paths.append([*folders, last if config is None else f"{last}-{config}"])

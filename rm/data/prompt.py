@@ -120,9 +120,7 @@ def find_prompt(name: str, rows: Sequence[Row], examples: Sequence[Example], use
         return {}
     texts, known = text_columns(first, used), {column for path in used for column in (path, path.partition(".")[0])}
     lists = [c for c, v in first.items() if type(v) is list and type(v[0]) is not list and c not in known.union(texts)]
-    found = [
-        c for c in PROMPTS if c in (*texts, *lists) and _is_mostly(_lacks(example, row[c]) for row, example in bare)
-    ]
+    found = [c for c in PROMPTS if c in (*texts, *lists) and _is_mostly(_lacks(e, row[c]) for row, e in bare)]
     if "instruction" in found:
         found = [column for column in found if column not in INSTRUCTION]
     if len(found) > 1:

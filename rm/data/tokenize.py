@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rm.data.example import Encoding, Example, RowError, content_text, in_parts, without_parts
+from rm.data.example import Encoding, Example, RowError, content_text, in_form
 from rm.data.load import one_line
 
 
@@ -109,8 +109,7 @@ def render(example: Example, tokenizer: Any) -> tuple[list[str], bool]:
         raise RowError(f"conversations need a chat template, the tokenizer has none; {fix}")
     conversations = [(example.prompt or []) + answer for answer in example.answers]
     if not reads_parts or not reads_text:
-        in_form = in_parts if reads_parts else without_parts
-        conversations = [list(map(in_form, messages)) for messages in conversations]
+        conversations = [[in_form(message, reads_parts) for message in messages] for messages in conversations]
     try:
         return tokenizer.apply_chat_template(conversations, tokenize=False, **example.variables), True
     except Exception as error:  # Jinja's errors, and any that a template causes in Python
