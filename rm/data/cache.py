@@ -161,7 +161,7 @@ def _cache_key(source: Source, tokenizer: Any, encoding: Encoding) -> str:
         content = [type(tokenizer).__name__, tokenizer.get_vocab()]
     special = [tokenizer.special_tokens_map, tokenizer.chat_template, transformers.__version__]
     registry = {name: dataclasses.asdict(c) for name, c in (COMPARISON_COLUMNS | ANSWER_COLUMNS).items()}
-    functions = (read_row, Encoding, DataLayout, example_of, usable_part, _features)
+    functions = (read_row, Encoding, DataLayout, example_of, usable_part, prompt_hash, _features)
     code = [inspect.getsource(inspect.getmodule(f)) for f in functions]
     parts = [code, source.content, len(source.dataset), content, special, dataclasses.asdict(encoding), registry]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -254,7 +254,7 @@ def split_row(row: Row, max_answers: int) -> Iterator[Row]:
     Comparisons between answers of different parts are dropped and counted as "split".
     """
     pairs = list(zip(row["chosen"], row["rejected"], strict=True))
-    parts = partition(len(row["answer_ids"]), pairs, max_answers)
+    parts = partition(len(row["answer_ids"]), pairs, max_answers) or [[]]  # without answers: its counts
     part_of = {n: p for p, part in enumerate(parts) for n in part}
     for p, part in enumerate(parts):
         kept = [c for c, (chosen, rejected) in enumerate(pairs) if part_of[chosen] == part_of[rejected] == p]

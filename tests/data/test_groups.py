@@ -69,3 +69,8 @@ def test_a_large_prompt_is_split_and_lost_comparisons_are_counted():
     assert [part["split"] for part in (first, second)] == [1, 0]
     assert [part["identical"] for part in (first, second)] == [1, 0]
     assert [part["id"] for part in (first, second)] == ["id-3.1", "id-3.2"]
+
+
+def test_a_prompt_without_a_usable_answer_keeps_its_counts():
+    (part,) = split_row(row(3, [], [], [], over_length=6), 2)
+    assert (part["over_length"], part["id"], part["answer_ids"], part["chosen"]) == (6, "id-3", [], [])
