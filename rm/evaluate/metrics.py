@@ -170,9 +170,7 @@ def best_of_n_regret(r: Rows, w: np.ndarray) -> np.ndarray:
     return mean(r.of_prompts(highest - selected.groupby("index")["score"].mean()), w)
 
 
-@Metric(
-    "kendall_tau", "", "rank correlation of rewards and scores (tau-b), mean over prompts", True, only_if=has_groups
-)
+@Metric("kendall_tau", "", "rank correlation of reward and score (tau-b), mean over prompts", True, only_if=has_groups)
 def kendall_tau(r: Rows, w: np.ndarray) -> np.ndarray:
     """Kendall 1945. A prompt whose rewards are all equal has 0; one whose scores are all equal does not count."""
     pairs = r.answers.merge(r.answers, on="index")
@@ -208,9 +206,7 @@ def brier(r: Rows, w: np.ndarray) -> np.ndarray:
     return mean(label * (1 - p) ** 2 + (1 - label) * p**2, w)
 
 
-@Metric(
-    "ece", "fraction", "expected calibration error: mean |accuracy - confidence| over ten bins of confidence", False
-)
+@Metric("ece", "fraction", "expected calibration error: mean |accuracy - confidence| in ten bins of confidence", False)
 def calibration_error(r: Rows, w: np.ndarray) -> np.ndarray:
     """Guo et al. 2017; bins of equal width."""
     (confidence, bins), w = st.confidence(r.margin), r.decided(w)
@@ -218,9 +214,7 @@ def calibration_error(r: Rows, w: np.ndarray) -> np.ndarray:
     return sum(np.abs(w[..., bins == b] @ error[bins == b]) for b in np.unique(bins)) / w.sum(-1)
 
 
-@Metric(
-    "temperature", "", "T that calibrates sigmoid(margin / T) best; above 1: overconfident; inf: no better than chance"
-)
+@Metric("temperature", "", "best T for sigmoid(margin / T); above 1: overconfident; inf: no better than chance")
 def temperature(r: Rows, w: np.ndarray) -> np.ndarray:
     """Minimizes the mean of -log sigmoid(margin / T); NaN if all margins are 0."""
     unit, w = math.sqrt(np.mean(np.square(r.margin))), r.decided(w)

@@ -180,9 +180,7 @@ def _by_value(table: pd.DataFrame, value: pd.Series, bins: int, label: str) -> p
 
 def _slices(parts: Iterable[tuple[str, float | None, float | None, pd.DataFrame]]) -> pd.DataFrame:
     rows = [{"bin": name, "low": low, "high": high} | accuracy_of(part) for name, low, high, part in parts]
-    return pd.DataFrame(
-        rows, columns=["bin", "low", "high", "comparisons", "accuracy", "accuracy_low", "accuracy_high"]
-    )
+    return pd.DataFrame(rows, columns="bin low high comparisons accuracy accuracy_low accuracy_high".split())
 
 
 # ---------------------------------------------------------------- two models
@@ -206,7 +204,6 @@ def compare_tables(
             values |= {name: this[name], f"other_{name}": that[name], f"{name}_difference": this[name] - that[name]}
         return {f"compare/{name}": value for name, value in values.items()}
 
-    values = {name: float(value) for name, value in both(np.ones(len(common))).items()} | {
-        "compare/comparisons": len(common)
-    }
+    values = {name: float(value) for name, value in both(np.ones(len(common))).items()}
+    values["compare/comparisons"] = len(common)
     return values, bootstrap(both, table["prompt"].to_numpy(), ["compare/accuracy", "compare/other_accuracy"])

@@ -93,12 +93,10 @@ def quantization_config(config: RewardConfig) -> BitsAndBytesConfig | None:
     # needs no `prepare_model_for_kbit_training`: PEFT freezes the base; `dtype` is the type of norms and embeddings
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
+    same = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage")
     return BitsAndBytesConfig(
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
         bnb_4bit_compute_dtype="float32" if config.dtype == "auto" else config.dtype,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
-        bnb_4bit_quant_storage=config.bnb_4bit_quant_storage,
         llm_int8_skip_modules=["score", "classifier", "classification_head", "pooler"],  # may be newly initialized
+        **{name: getattr(config, name) for name in same},
     )

@@ -103,10 +103,7 @@ def comparison(runs: Sequence[Run]) -> list[tuple]:
         ("cmp-eval-loss", "Held-out loss", "eval/loss", "loss (nats)", f"At each evaluation.{BARS}", guess),
         ("cmp-train-loss", "Training loss", "train/loss", "loss (nats)", LINES, guess),
     ]
-    return [
-        (key, title, curves, {run.name: run.curve(metric) for run in runs}, *more)
-        for key, title, metric, *more in plans
-    ]
+    return [(key, title, curves, {run.name: run.curve(of) for run in runs}, *more) for key, title, of, *more in plans]
 
 
 def guessing(runs: Sequence[Run]) -> list[tuple[float, str]]:

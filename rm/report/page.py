@@ -78,17 +78,9 @@ def run_page(run: Run) -> dict[str, Any]:
             shown.setdefault((record.id, type(record)), []).append(record)
     samples = [sample_view(i, records, notes) for i, records in enumerate(list(shown.values())[:MAX_SAMPLES])]
     mistakes = notes.read_lines(run.folder / "mistakes.jsonl", Pair | Group)[:MAX_MISTAKES]
-    return {
-        "run": run,
-        "samples": samples,
-        "num_samples": len(shown),
-        "curves": figures.draw(figures.training(run), notes),
-        "evaluation": evaluation,
-        "sets": sets,
-        "mistakes": [record_view(record) for record in mistakes],
-        "changed": changed_options(run.config),
-        "notes": notes,
-    }
+    page = {"run": run, "samples": samples, "num_samples": len(shown), "mistakes": list(map(record_view, mistakes))}
+    page |= {"curves": figures.draw(figures.training(run), notes), "evaluation": evaluation, "sets": sets}
+    return page | {"changed": changed_options(run.config), "notes": notes}
 
 
 def sample_view(i: int, records: list[Pair | Group], notes: Notes) -> dict[str, Any]:
@@ -136,14 +128,9 @@ def leaderboard_page(runs: Sequence[Run], by: str) -> dict[str, Any]:
         options[run.name] = texts | {"commit": (run.results.git_commit or "")[:12], "finished": finished}
     keys = dict.fromkeys(key for texts in options.values() for key in texts if key not in ("output_dir", "run_name"))
     differing = [key for key in keys if len({texts.get(key) for texts in options.values()}) > 1]
-    return {
-        "runs": runs,
-        "by": by,
-        "best": "lowest" if sign > 0 else "highest",
-        "columns": [name for name in dict.fromkeys((by, *COLUMNS)) if name in known],
-        "options": options,
-        "differing": differing,
-        "curves": figures.draw(figures.comparison(runs[: figures.NUM_LOOKS]), notes),
-        "changed": [row for row in changed_options(runs[0].config) if row[0] in keys and row[0] not in differing],
-        "notes": notes + [f"{run.name}: {note}" for run in runs for note in run.notes],
-    }
+    changed = [row for row in changed_options(runs[0].config) if row[0] in keys and row[0] not in differing]
+    page = {"runs": runs, "by": by, "best": "lowest" if sign > 0 else "highest", "options": options}
+    page |= {"columns": [name for name in dict.fromkeys((by, *COLUMNS)) if name in known]}
+    page |= {"curves": figures.draw(figures.comparison(runs[: figures.NUM_LOOKS]), notes)}
+    notes = notes + [f"{run.name}: {note}" for run in runs for note in run.notes]
+    return page | {"differing": differing, "changed": changed, "notes": notes}

@@ -83,16 +83,10 @@ def finish_run(run: Run, evaluator: Evaluator, state: TrainState, train_set: Pre
         # PEFT writes its sets in random order
         adapter = {k: sorted(v, key=str) if isinstance(v, list) else v for file in saved for k, v in file.items()}
         seconds = round(time.perf_counter() - run.started, 2)
-        run.results = {
-            "summary": finite(summary) | {"speed/total_seconds": seconds, "output_dir": str(run.folder)},
-            "config": run.record,
-            "adapter": adapter or None,
-            "layout": f"{evaluator.layout.name} ({evaluator.layout.reason})",
-            "normalization": scale,
-            "data": read_json(run.folder / "data_report.json"),
-            **details,
-            **provenance(),
-        }
+        done = finite(summary) | {"speed/total_seconds": seconds, "output_dir": str(run.folder)}
+        run.results = {"summary": done, "config": run.record, "adapter": adapter or None}
+        run.results |= {"layout": f"{evaluator.layout.name} ({evaluator.layout.reason})", "normalization": scale}
+        run.results |= {"data": read_json(run.folder / "data_report.json")} | details | provenance()
         run.write_json("results.json", run.results)
 
     deque(() if accelerator.is_main_process else parts, maxlen=0)
@@ -238,10 +232,8 @@ def verify_export(folder: Path, check: dict[str, Any], config: RewardConfig, dev
         name = classify.model.config.id2label[0]
         served = np.asarray([out["score"] for outputs in answers for out in outputs if out["label"] == name])
         worst = max(worst, compare(f"transformers' pipeline on {folder}", served, expected[same]))
-    logger.info(
-        f"export checked: {len(ids)} sequences reloaded with transformers ({len(same)} of them through its pipeline), "
-        f"rewards agree to {worst:.1g}"
-    )
+    how = f"{len(ids)} sequences reloaded with transformers ({len(same)} of them through its pipeline)"
+    logger.info(f"export checked: {how}, rewards agree to {worst:.1g}")
     return {"largest_difference": worst, "sequences": len(ids), "through_pipeline": len(same)}
 
 

@@ -43,16 +43,12 @@ def make_accelerator(config: RewardConfig) -> Accelerator:
         fix = f"without {', '.join(missing)}: start the program with torchrun, or unset WORLD_SIZE"
         raise InputError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set {fix}")
     prepare_trackers(config.report_to)
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # others wait for tokenizing and checkpoints
+    handlers += [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    # without `cpu=True`, each process that torchrun starts on a CPU would train independently
+    options = {"cpu": not torch.accelerator.is_available(), "kwargs_handlers": handlers}
     try:
-        # without `cpu=True`, each process that torchrun starts on a CPU would train independently
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            cpu=not torch.accelerator.is_available(),
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait for tokenizing and checkpoints
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            ],
-        )
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, **options)
     except ValueError as error:  # fp16 without a GPU
         raise InputError(f"the processes cannot start with mixed_precision={config.mixed_precision}: {error}") from None
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
