@@ -15,7 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-import optuna
+try:
+    import optuna
+except ModuleNotFoundError:
+    sys.exit("error: this sweep needs `pip install optuna`")
 
 METRIC = "eval/accuracy"
 

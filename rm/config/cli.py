@@ -127,7 +127,7 @@ def make_config(given: dict[str, Any]) -> RewardConfig:
     """The configuration from all given options. Raises `InputError`."""
     for one, other in (("dataset_name", "model_name_or_path"), ("model_name_or_path", "dataset_name")):
         if given.get(one, OPTIONS[one].default) != OPTIONS[one].default and other not in given:
-            raise InputError(f"{other} is not given, but {one} is; without it {OPTIONS[other].default} would be used")
+            raise InputError(f"{other} is needed, since {one} is given (its default: {OPTIONS[other].default})")
     if given.get("model_name_or_path", TINY_LLAMA) == TINY_LLAMA and not Path(TINY_LLAMA).exists():
         given = given | {"model_name_or_path": str(QUICKSTART.parent / "tiny_llama")}  # started from another folder
     return RewardConfig(**given)

@@ -79,8 +79,9 @@ def tokenize_source(
     if count := audit["ends_with_user"]:
         problem = "rows have conversations that end with a message of the user, not with an answer"
         logger.warning("%s: %d %s", source.name, count, problem)
-    if len(kept) and arrays["margin"].max() < 0:
-        logger.warning("%s: all margins are negative; are chosen and rejected, or their scores, swapped?", source.name)
+    if negative := int((arrays["margin"] < 0).sum()):
+        level, counts = logging.WARNING if negative == audit["kept"] else logging.INFO, (negative, audit["kept"])
+        logger.log(level, "%s: %d of %d margins are negative; are labels swapped?", source.name, *counts)
     if audit["kept"] > len(kept):
         audit["prompts_dropped"] = len(table) - len(kept)
         counts = len(kept), audit["tree_tokens"], audit["pair_tokens"]

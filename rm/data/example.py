@@ -172,7 +172,7 @@ def check_messages(messages: list, name: str) -> list[dict]:
         if "role" not in message and "from" in message:
             message = {"role": message.pop("from"), "content": message.pop("value", None)} | message
         role, content = message.get("role"), message.get("content")
-        expect(role, (str,), f"{name}[{i}]['role']", "text")
+        expect(role, (str,), f"{name}[{i}]['role']", "text (keys: role and content, or from and value)")
         if content is not None or not message.get("tool_calls"):
             expect(content, (str, list), f"{name}[{i}]['content']", "text")
         for part in content if type(content) is list else ():

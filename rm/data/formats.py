@@ -6,6 +6,7 @@ the format, which is in the log and in data_report.json; docs/data.md lists layo
 
 import itertools
 import logging
+import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,8 @@ OTHERS = ("id", "subset", "tools", "chat_template_kwargs", *IMAGES)  # columns t
 ONE_ANSWER = {"completion", "response", "output", "answer", "messages"}  # with a label of its own
 ONE_LABEL = {"label", "score", "rating", "reward", "helpfulness"}
 SAME_NAME = "add_eos margin_from_scores equal_scores group_by_prompt max_answers max_length overlength".split()
-WORDS = {  # in names of columns
+ORDER_WORDS = ("rank", "order")  # in names of columns
+WORDS = {
     "chosen": ("chosen", "prefer", "better", "good", "win", "accept", "positive", "pos_"),
     "rejected": ("reject", "dispref", "worse", "bad", "los", "negative", "neg_"),
 }
@@ -54,7 +56,8 @@ def find_layout(source: str, row: Row, config: Any) -> tuple[str, dict[str, str]
             roles[role] = nested if has_field(row, nested) else given[role]
         fits = given.keys() - {"prompt", "system"} <= roles.keys() and all(has_field(row, c) for c in roles.values())
         if name == "ranked_output":
-            fits = fits and (is_sorted or "responses" not in given and type(row["output"]) is list)
+            numbers = [c for c, v in row.items() if type(v) is list and {*map(type, v)} & {bool, int, float}]
+            fits = fits and (is_sorted or "responses" not in given and type(row["output"]) is list and not numbers)
         if fits and (not is_sorted or name == "ranked_output"):
             found.append((sum(layout.columns.get(role) != c for role, c in roles.items()), name, roles))
     if not found:
@@ -91,7 +94,7 @@ def has_field(row: Row, path: str) -> bool:
 
 def _unknown_layout(row: Row, given: dict[str, str]) -> str:
     """Why the layout is unknown and how to fix it: the columns with their types, and options that map them."""
-    if row.keys() & ONE_ANSWER and row.keys() & ONE_LABEL and not given:
+    if any(is_text(row[c]) for c in row.keys() & ONE_ANSWER) and row.keys() & ONE_LABEL and not given:
         return "unpaired labels (KTO): each row has one answer; docs/data.md shows how to make pairs of them"
     talk = row.get("conversations") or row.get("messages")
     last = talk[-1] if type(talk) is list and type(talk[-1]) is dict else {}
@@ -103,16 +106,17 @@ def _unknown_layout(row: Row, given: dict[str, str]) -> str:
     texts = text_columns(row)
     lists = {c: value[0] for c, value in row.items() if type(value) is list and value and c not in texts}
     lists |= {f"{c}.{name}": value for c, v in lists.items() if type(v) is dict for name, value in v.items()}
-    scores = next((column for column, value in lists.items() if type(value) in (int, float)), None)
-    answers = max((c for c, v in lists.items() if is_text(v)), key=lambda c: len(str(lists[c])), default=None)
+    scores = [c for c, v in lists.items() if type(v) in (int, float) and not any(w in c.lower() for w in ORDER_WORDS)]
+    answers = max((c for c, v in lists.items() if is_text(v)), key=lambda c: len(str(lists[c])), default="")
+    others = {*row, *lists} - {"id", answers, answers.partition(".")[0], *texts}  # which may say how good answers are
     sides = {side: [c for c in texts if any(word in c.lower() for word in WORDS[side])] for side in SIDES}
     guess = {side: columns[0] for side, columns in sides.items() if columns}
     if len(guess) < 2 and answers:
-        guess = {"responses": answers} | ({"scores": scores} if scores else {"ranks": ""})
+        guess = {"responses": answers} | ({"scores": scores[0]} if scores else {} if others else {"ranks": ""})
     texts = [column for column in texts if column not in guess.values()]
     if texts:
         guess["prompt"] = next((column for column in PROMPTS if column in texts), texts[0])
-    options = " ".join(f"{role}_column={column}" for role, column in guess.items())
+    options = shlex.join(f"{role}_column={column}" for role, column in guess.items())
     fix = f"map them with options, perhaps {options}" + " if the best answer is the first" * ("ranks" in guess)
     if len(guess.keys() - {"prompt"}) < 2:
         fix = "docs/data.md has the layouts, the mapping options, and recipes for other data"
@@ -205,6 +209,7 @@ def _log_columns(name: str, row: Row, encoding: Encoding) -> None:
     roles = encoding.roles | encoding.numbers
     level = logging.DEBUG if all(role == column for role, column in roles.items()) else logging.INFO
     columns = ", ".join(f"{column} is {role}" for role, column in roles.items())
+    columns += "; the first answer is the best" * ("responses" in roles and not roles.keys() & set(LABELS))
     logger.log(level, "%s: layout %s: %s", name, encoding.data_layout, columns)
     used = {*roles.values(), *OTHERS}
     unread = text_columns(row, used)

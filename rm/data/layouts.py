@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS
+from rm.data.columns import ANSWER_COLUMNS, COMPARISON_COLUMNS, Column
 from rm.data.example import SIDES, Encoding, Example, RowError, expect, number_of, numbers_of, stored_ids, turns_of
 from rm.data.prompt import Row, example_of, field_of, value_of
 
 TWO = ("a", "b")
+STRENGTH = Column(0.0, low=-3, high=3)  # of a preference; not 1 to 5, say, where 3 would be no preference
 LABELS = ("comparisons", "scores", "ranks")  # of groups
 TOKEN_COLUMNS = {  # ids of chosen and rejected -> their attention masks
     ("input_ids_chosen", "input_ids_rejected"): ("attention_mask_chosen", "attention_mask_rejected"),
@@ -151,7 +152,7 @@ def read_two(row: Row, encoding: Encoding, better: Mapping[Any, int | None] | No
         return compare(example, example.columns["score"], encoding)
     name, is_strength = roles["preference"], better is None
     if better is None:
-        value = number_of(value, name, COMPARISON_COLUMNS["margin"])
+        value = number_of(value, name, STRENGTH)
         better = {value: int(value > 0) if value else None}
     if type(value) in (list, dict) or value not in better:
         raise RowError(f"{name!r} is {json.dumps(value, default=str)}, expected one of {', '.join(map(repr, better))}")

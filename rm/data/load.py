@@ -167,6 +167,8 @@ def _prepared(place: Path | str, config: str | None) -> tuple[datasets.DatasetBu
         if _extension(Path(file)) in (".json", ".jsonl") and not os.path.exists(builder.cache_dir):
             _check_nesting(Path(file), _target(file))
     builder.download_and_prepare()
+    if builder.name == "csv" and "__index_level_0__" in builder.info.features:
+        raise InputError(f"{place}: rows have more fields than the header; put texts with commas into quotes")
     return builder, content
 
 

@@ -192,7 +192,7 @@ def metrics_table(title: str, values: Mapping[str, Any], intervals: Intervals, w
     table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ["metric", "value", "95% interval", "unit", "meaning"][: 4 + with_meaning]:
         justify = "right" if column in ("value", "95% interval") else "left"
-        table.add_column(column, justify=justify, no_wrap=column != "meaning", overflow="fold")
+        table.add_column(column, justify=justify, no_wrap=justify == "right", overflow="fold")  # numbers stay whole
     for name, value in values.items():
         if name.endswith(("_low", "_high")):
             continue

@@ -149,7 +149,7 @@ Metric("longer_answer_baseline_accuracy", "fraction", "accuracy of preferring th
     lambda r, w: st.accuracy(r["length_chosen"] - r["length_rejected"], r.decided(w))
 )
 Metric("ties", "fraction", "comparisons with equal rewards", False)(lambda r, w: mean(r.margin == 0, w))
-Metric("loss", "nats", "mean training loss", False)(lambda r, w: mean(r.losses(), w))
+Metric("loss", "nats", "mean of the training loss on these comparisons", False)(lambda r, w: mean(r.losses(), w))
 Metric("prompt_only_baseline_loss", "nats", "loss of giving all answers to a prompt the same reward")(
     lambda r, w: mean(r.losses(all_equal=True), w)
 )

@@ -16,7 +16,7 @@ class Reporting(Section):
     Write report.html of a run, or a leaderboard of several runs.
     """
 
-    folders: list[str] = option(..., "output folders of runs, finished or not; also without --folders")
+    folders: list[str] = option(..., "output folders of runs, finished or not, as words without an option name")
     output: str | None = option(None, "file to write; none: OUT/report.html (needed for several runs)")
     by: str = option("eval/accuracy", "metric that sorts several runs")
 

@@ -33,9 +33,8 @@ FILES = (  # the model, its tokenizer, and what describes them: neither texts of
     "model.safetensors.index.json adapter_model*.safetensors tokenizer*.json *.model *.tiktoken vocab.* merges.txt "
     "special_tokens_map.json added_tokens.json chat_template.* modeling_*.py configuration_*.py tokenization_*.py"
 ).split()
-PATH_OPTIONS = (
-    "model_name_or_path dataset_name eval_dataset_name chat_template_path peft_config output_dir resume_from_checkpoint"
-).split()
+PATH_OPTIONS = "model_name_or_path dataset_name eval_dataset_name chat_template_path peft_config output_dir".split()
+PATH_OPTIONS += ["resume_from_checkpoint"]
 ABSOLUTE = r"(?<![\w.:/\\~<-])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:\]})]+)+[/\\]?"  # a path, in any text
 ADAPTER_SETTINGS = "peft_type r lora_alpha lora_dropout use_rslora use_dora target_modules target_parameters".split()
 COUNTS = "over_length empty identical truncated truncated_answer duplicate contradictory in_train".split()

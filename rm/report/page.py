@@ -38,8 +38,11 @@ def report_html(folders: Sequence[str | os.PathLike], by: str = "eval/accuracy")
     """The page of one run, or of several, sorted by the metric `by`. Raises `InputError` if a directory has no run."""
     paths = [Path(folder).resolve() for folder in folders]
     shared = os.path.commonpath([path.parent for path in paths])
-    runs = [Run(path, str(path.relative_to(shared))) for path in paths]
-    page = run_page(runs[0]) if len(runs) == 1 else leaderboard_page(runs, by)
+    empty = [path for path in paths if path.is_dir() and not (path / "metrics.jsonl").is_file()]
+    known = [path for path in paths if path not in empty] or paths
+    runs = [Run(path, str(path.relative_to(shared))) for path in known]
+    page = run_page(runs[0]) if len(paths) == 1 else leaderboard_page(runs, by)
+    page["notes"] += [f"Left out: {path.name} has no metrics.jsonl (yet)." for path in empty]
     page |= {"signed": SIGNED, "spelled": spelled, "plain": plain, "find_metric": find_metric, "cards": CARDS}
     page |= {"look": figures, "tokens_css": CSS, "tokens_note": Markup(NOTE), "audit_counts": MEANING}
     env = Environment(loader=PackageLoader("rm", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -93,11 +96,9 @@ def sample_view(i: int, records: list[Pair | Group], notes: Notes) -> dict[str, 
     size = (figures.SMALL[0], figures.SMALL[1] + 0.3 * (math.ceil(len(lines) / 2) - 1))  # the legend has two columns
     plan = (f"sample-{i}", f"Rewards of prompt {i + 1}", figures.curves, lines, "reward", "", (), False, size)
     numbers = frame.assign(**{number: [getattr(record, number) for record in records]})
-    return record_view(records[-1]) | {
-        "headers": ["step", *numbers],
-        "rows": [[f"{step:,}", *map(SIGNED, values)] for step, *values in numbers.itertuples()],
-        "drawings": figures.draw([plan], notes),
-    }
+    rows = [[f"{step:,}", *map(SIGNED, values)] for step, *values in numbers.itertuples()]
+    view = {"headers": ["step", *numbers], "rows": rows, "drawings": figures.draw([plan], notes)}
+    return record_view(records[-1]) | view
 
 
 def record_view(record: Pair | Group) -> dict[str, Any]:

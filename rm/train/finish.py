@@ -258,10 +258,6 @@ def provenance() -> dict[str, Any]:
     """Command (redacted by `run`), commit and uncommitted changes, package versions and machine."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
-    return {
-        "command": sys.argv,
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_diff": redact(git("diff", "HEAD")),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "machine": machine,
-    }
+    commit = {"git_commit": git("rev-parse", "HEAD"), "git_diff": redact(git("diff", "HEAD"))}
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"command": sys.argv, **commit, "packages": packages, "machine": machine}

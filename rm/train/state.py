@@ -177,13 +177,10 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON takes it. Collective."""
-        return {name: vars(self)[name] for name in self.saved} | {
-            "best": self.best.state_dict(),
-            "meter": self.meter.state_dict(),
-            "schedule": self.scheduler.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "micro_batch_tokens": [self.config.micro_batch_tokens, self.plan.micro_batch_tokens],
-        }
+        parts = {"best": self.best, "meter": self.meter, "schedule": self.scheduler, "scaler": self.scaler}
+        state = {name: vars(self)[name] for name in self.saved}
+        state |= {name: None if part is None else part.state_dict() for name, part in parts.items()}
+        return state | {"micro_batch_tokens": [self.config.micro_batch_tokens, self.plan.micro_batch_tokens]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -8,6 +8,8 @@ times the layers. With gradient checkpointing a layer keeps its input, and one l
 adds what its allocator, its kernels and the CUDA context need.
 """
 
+import argparse
+
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -51,6 +53,8 @@ def saved_bytes(shape: tuple, num_layers: int, lora: bool) -> int:
 
 
 def main() -> None:
+    description = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=description).parse_args()
     for name, shape in SHAPES.items():
         hidden, _, layers, *_, vocabulary = shape
         full = make(shape, layers, vocabulary, "meta")

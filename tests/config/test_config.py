@@ -140,7 +140,7 @@ def test_no_argument_is_the_quickstart(monkeypatch, tmp_path):
         ("--greater_is_better=true", "greater_is_better=True: has no effect without metric_for_best_model"),
         ("--resume_from_checkpoint=true", "resume_from_checkpoint='true': write latest"),
         ("--resume_from_checkpoint=latest", "resume_from_checkpoint='latest': name the run to resume"),
-        ("--dataset_name=my.jsonl", "model_name_or_path is not given, but dataset_name is"),
+        ("--dataset_name=my.jsonl", "model_name_or_path is needed, since dataset_name is given"),
         ("--hub_token=abc", "hub_token='[redacted]': has no effect without push_to_hub"),
         ("--push_to_hub|--hub_strategy=every_save", "hub_strategy='every_save': must be end, checkpoint or all"),
         ("--push_to_hub|--hub_model_id=a--b/c", "hub_model_id='a--b/c': must be user/name or name"),

@@ -56,6 +56,10 @@ def test_csv_takes_text_as_it_stands_and_numbers_as_numbers(tmp_path):
     (tmp_path / "rows" / "rows.csv").write_text("chosen;rejected\na, b;c\n")
     with pytest.raises(InputError, match="rows: the columns are separated by semicolons; separate them by commas"):
         load_source(str(tmp_path / "rows"), split="train")
+    for line in ("a,b, c,d", "a,b,c,"):  # pandas would take the first field for the name of the row
+        (tmp_path / "rows" / "rows.csv").write_text(f"prompt,chosen,rejected\n{line}\n{line}\n")
+        with pytest.raises(InputError, match="rows.csv: rows have more fields than the header; put texts with commas"):
+            load_source(str(tmp_path / "rows" / "rows.csv"), split="train")
 
 
 # ---------------------------------------------------------------- exact paths and changed content

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 
 import pytest
 from examples import TALK, TEMPLATE, decoded, read, say, word_tokenizer
@@ -92,11 +93,13 @@ def test_a_conversation_that_ends_with_the_user_is_counted(data_of, caplog):
     assert "rows.jsonl: 1 rows have conversations that end with a message of the user, not" in caplog.text
 
 
-def test_all_margins_are_negative(data_of, caplog):
-    data_of([TALK | {"margin": -1.0}, TALK | {"margin": 0.5}])
-    assert "margins" not in caplog.text
-    data_of([TALK | {"margin": -1.0}, TALK | {"margin": -0.5}])
-    assert "rows.jsonl: all margins are negative; are chosen and rejected, or their scores, swapped?" in caplog.text
+def test_negative_margins_are_counted(data_of, caplog):
+    caplog.set_level(logging.INFO)
+    for margins, level in (([2.0, 0.5], None), ([-1.0, 0.5], logging.INFO), ([-1.0, -0.5], logging.WARNING)):
+        data_of([TALK | {"margin": margin} for margin in margins])
+        count = sum(margin < 0 for margin in margins)
+        found = [r.levelno for r in caplog.records if f"{count} of 2 margins are negative; are labels" in r.message]
+        assert found == ([level] if level else [])
 
 
 def test_text_on_a_chat_model_is_mentioned(data_of, caplog):

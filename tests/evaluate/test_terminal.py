@@ -49,13 +49,16 @@ def test_the_final_table(evaluated):
     assert ["eval/prompts", "200", "prompts"] in lines and "best_of_n" not in text
     groups = shown(final_table(summary | {"eval/best_of_n_accuracy": 0.5}, intervals))
     assert ["eval/best_of_n_accuracy", "0.5", "fraction"] in [line.split() for line in groups.splitlines()]
+    long = {f"eval/{'a_long_name_of_a_set_' * 3}/accuracy": 0.123456, f"eval/{'a_long_name_of_a_set_' * 3}/loss": 1.0}
+    text_of_long = shown(final_table(summary | long, intervals | {next(iter(long)): (0.100001, 0.234567)}))
+    assert "0.1235" in text_of_long and "0.1 to 0.2346" in text_of_long  # numbers are whole, the name is not
     assert ["train/steps", "1,200", "steps"] in lines and "nan" in text and "train/loss" not in text
 
 
 def test_the_table_of_all_metrics(evaluated):
     metrics, intervals = evaluated
     text = shown(metrics_table("Evaluation", metrics, intervals, with_meaning=True), width=200)
-    assert "mean training loss" in text and "accuracy_low" not in text
+    assert "mean of the training loss" in text and "accuracy_low" not in text
     (row,) = [line.split() for line in text.splitlines() if line.split()[:1] == ["eval/talk/a/accuracy"]]
     ends = [f"{metrics[f'eval/talk/a/accuracy_{end}']:.4g}" for end in ("low", "high")]
     assert row[2:5] == [ends[0], "to", ends[1]]

@@ -456,9 +456,12 @@ def test_command(tmp_path, monkeypatch, capsys):
     Page((folder / "report.html").read_text())
     assert command(folder, other, "--output", tmp_path / "cmp.html", "--by=eval/loss")[0] == 0
     assert "2 reward models" in Page((tmp_path / "cmp.html").read_text()).text
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir()  # a run that has just started, or did not start
+    assert command(folder, tmp_path / "empty", other, "--output", tmp_path / "cmp.html")[0] == 0
+    assert "Left out: empty has no metrics.jsonl" in Page((tmp_path / "cmp.html").read_text()).text
     for arguments, words in (
         ([tmp_path / "nowhere"], "is not a directory"),
+        ([folder, tmp_path / "nowhere", "--output=x.html"], "is not a directory"),
         ([tmp_path / "empty"], "contains no run"),
         ([folder, other], "give --output"),
         ([folder, "--output", tmp_path], "Is a directory"),
