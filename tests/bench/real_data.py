@@ -119,7 +119,10 @@ def read(folder: Path) -> dict[str, float]:
     results = json.loads((folder / "results.json").read_text())
     summary, lines = results["summary"], (folder / "metrics.jsonl").read_text().splitlines()
     found = {name: float(summary[f"eval/{name}"]) for name in SHOWN}
+    of_groups = ("best_of_n_accuracy", "kendall_tau")
+    found |= {name: float(summary[f"eval/{name}"]) for name in of_groups if f"eval/{name}" in summary}
     found |= {"interval": results["intervals"]["eval/accuracy"], "steps": summary["train/steps"]}
+    found["train_seconds"] = summary["speed/train_seconds"]
     start = json.loads(lines[0])
     if start["step"] == 0:
         found |= {f"untrained_{name}": float(start[f"eval/{name}"]) for name in ("accuracy", "loss")}
@@ -199,6 +202,10 @@ def main() -> None:
                 print(f"  {'95% interval (prompts), first seed':36} {values[0][0]:.3f} to {values[0][1]:.3f}")
             else:
                 print(f"  {key:36} {interval(values) if len(values) > 1 else f'{statistics.mean(values):.4f}'}")
+        base = found.get("pairs, all weights" if name.startswith("pairs") else "groups, all weights", [])
+        pairs = list(zip(runs, base, strict=False))  # of the same seed
+        for key in ("accuracy", "loss", "margin_length_spearman") if runs is not base and len(pairs) > 1 else ():
+            print(f"  {key + ' minus all weights':36} {interval([run[key] - other[key] for run, other in pairs])}")
 
 
 if __name__ == "__main__":
