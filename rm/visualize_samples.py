@@ -171,7 +171,7 @@ def reward_table(records: list[dict[str, Any]], console: Console, title: str | N
     counts += [f"a best answer has the highest reward in {best} of {len(groups)} groups shown"] if groups else []
     caption = "; ".join(note for note, kind in ((PAIR_NOTE, pairs), (GROUP_NOTE, groups)) if kind)
     if any(answers[0]["token_rewards"] for answers in answers_by_record):
-        caption += "; bars: reward after each token, from the end of the prompt; only the last one is trained"
+        caption += "; bars: reward after each token, from where the answers part; only the last one is trained"
     title = title or f"Step {records[0]['step']}: {'; '.join(counts)}"
     table = Table(title=title, caption=caption, box=HORIZONTALS, pad_edge=False, expand=True)
     table.title_justify = table.caption_justify = "left"
