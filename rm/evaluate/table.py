@@ -18,9 +18,9 @@ from rm.evaluate.metrics import METRICS, Rows
 from rm.evaluate.rewardbench import rewardbench_metrics
 from rm.evaluate.statistics import BINS, bootstrap, confidence
 
+PLAIN_LOSS = LossOptions()
 # further columns, computed once from the texts: {column: function of {"prompt": str, "chosen": str, "rejected": str}}
 TEXT_COLUMNS: dict[str, Callable[[dict[str, str]], float]] = {}
-PLAIN_LOSS = LossOptions()
 COMPARED = ("accuracy", "loss", "brier", "ece", "longer_answer_baseline_accuracy", "margin_length_spearman")
 
 

@@ -196,4 +196,13 @@ def test_trl(trained, pretrained, tmp_path, monkeypatch):
 
 
 def test_the_readme_has_these_blocks():
-    assert set(BLOCKS) == {"pipeline", "classifier", "peft", "trl", "trl function", "vllm", "vllm messages"}
+    assert set(BLOCKS) == {
+        "pipeline",
+        "classifier",
+        "peft",
+        "trl",
+        "trl function",
+        "vllm",
+        "vllm messages",
+        "vllm pooling",
+    }
